@@ -1,0 +1,145 @@
+"""Looking at every picture of a data set: is it there, does it stay inside the folder, does it decode."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm.auto import tqdm
+
+from fmfa.check.report import EXAMPLES, Finding, finding
+from fmfa.errors import ImageError
+from fmfa.images import load_image, resolve_image
+
+_CHUNK = 64
+_WORTH_PROCESSES = 1000
+
+
+def check_pictures(
+    folder: Path, relative: pd.Series, decode: bool, workers: int | None, progress: bool
+) -> Iterator[Finding]:
+    """Yield findings on the pictures `relative` (paths, each once) of the image folder `folder`."""
+    if not folder.is_dir():
+        yield (
+            "image folder",
+            "fatal",
+            1,
+            f"{folder} is not a folder; put the pictures there or give their folder",
+        )
+        return
+    yield "image folder", "ok", 0, str(folder)
+    found = find_pictures(folder, relative)
+    folders = relative.str.rpartition("/")[0]
+    sizes = folders.value_counts()
+    absent = folders[found["folder_missing"]].value_counts()
+    yield finding(
+        "missing folders",
+        "fatal",
+        (f"{name} ({count:,} pictures)" for name, count in absent.items()),
+        f"all {len(sizes):,} folders are there",
+    )
+    missing = relative[found["missing"]]
+    parts = [
+        f"{name or 'image folder'}: {len(paths):,} of {sizes[name]:,}, such as {', '.join(paths[:EXAMPLES])}"
+        for name, paths in missing.groupby(folders[missing.index])
+    ]
+    severity = "fatal" if parts else "ok"
+    detail = "; ".join(parts) or f"all {len(relative):,} files are there"
+    yield "missing pictures", severity, len(missing), detail
+    outside = relative[found["outside"]]
+    advice = "Copy the pictures, or make the image folder itself the link"
+    yield finding("links out of the image folder", "fatal", outside, "none", advice)
+    present = relative[~found["missing"] & ~found["outside"]].tolist()
+    if decode:
+        faults = unreadable(folder, present, workers, progress)
+        yield finding("unreadable pictures", "fatal", faults, f"all {len(present):,} decode in full")
+    else:
+        yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
+
+
+def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
+    """Look for files without opening them, folder by folder.
+
+    Args:
+        images: the image folder.
+        relative: paths inside it, each once.
+
+    Returns:
+        Boolean columns with the index of `relative`: `missing` (no such file), `folder_missing` (nor its
+        folder), `outside` (a link leads out of `images`, see `resolve_image`).
+    """
+    states = pd.DataFrame(False, index=relative.index, columns=["missing", "folder_missing", "outside"])
+    for folder, paths in relative.groupby(relative.str.rpartition("/")[0]):
+        try:
+            with os.scandir(images / folder) as entries:
+                links = {entry.name: entry.is_symlink() for entry in entries}
+        except OSError:
+            states.loc[paths.index, ["missing", "folder_missing"]] = True
+            continue
+        inside = not folder or _stays_inside(images, folder)
+        names = paths.str.rpartition("/")[2]
+        # Asking again covers file systems that do not tell A.jpg from a.jpg, and links that lead nowhere.
+        states.loc[paths.index, "missing"] = [
+            links.get(name, True) and not os.path.isfile(images / folder / name) for name in names
+        ]
+        states.loc[paths.index, "outside"] = [
+            not inside or (links.get(name, False) and not _stays_inside(images, path))
+            for name, path in zip(names, paths)
+        ]
+    return states
+
+
+def unreadable(images: Path, relative: list[str], workers: int | None, progress: bool) -> list[str]:
+    """Decode every picture in full, in parallel processes, and say what is wrong with those that fail.
+
+    Args:
+        images: the image folder.
+        relative: paths inside it.
+        workers: number of processes; None for one a processor, but fewer than a thousand pictures are then
+            decoded in this process.
+        progress: show a bar.
+
+    Returns:
+        One sentence a damaged picture, in the order of `relative`, beginning with its path.
+
+    Raises:
+        ImageError: a decoding process died.
+    """
+    if workers is None:
+        workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
+    chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
+    faults = []
+    jobs = Parallel(n_jobs=workers, return_as="generator")(
+        delayed(_faults)(images, chunk) for chunk in chunks
+    )
+    with tqdm(total=len(relative), desc="decoding pictures", unit="img", disable=not progress) as bar:
+        try:
+            for chunk, found in zip(chunks, jobs):
+                faults += found
+                bar.update(len(chunk))
+        except TerminatedWorkerError:
+            raise ImageError(
+                f"a process that decoded pictures of {images} died; check again with more memory, or with "
+                "workers=1 to see at which picture"
+            ) from None
+    return faults
+
+
+def _faults(images: Path, relative: list[str]) -> list[str]:
+    faults = []
+    for path in relative:
+        try:
+            load_image(images / path)
+        except ImageError as error:
+            faults.append(str(error).replace(f"{images}{os.sep}", "", 1))
+    return faults
+
+
+def _stays_inside(images: Path, relative: str) -> bool:
+    try:
+        resolve_image(images, relative)
+    except ImageError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""Explicit fine-grained alignment (EFA; Yin et al., TOMM 2026), without the [B, B, N, L] tensor.
+
+Text tokens are grouped with the patches of their own image into "joint embeddings"; every text and every
+image of the batch is then compared with every joint embedding, position by position.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fmfa.errors import ConfigError
+
+COSTS = ("paper", "released")
+KEEPS = (">=", ">")
+CHUNK_ELEMENTS = 2**22  # cosines held at a time when no chunk size is given: 16 MiB in float32
+
+
+def sparsify(similarity: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Tensor:
+    """Turn each token's scores over the patches into sparse weights that sum to 1.
+
+    Each row is min-max normalised, entries below the threshold become 0, and the row is divided by its
+    sum. A row whose entries are all equal prefers no patch and gets 1/N everywhere.
+
+    Args:
+        similarity: [..., N], token-patch scores.
+        sigma: threshold after min-max, in [0, 1); 0 stands for the method's 1/N.
+        keep: ">=" keeps entries equal to the threshold (paper), ">" drops them (released code).
+
+    Returns:
+        [..., N], with gradient.
+
+    Raises:
+        ConfigError: `sigma` or `keep` outside their range.
+    """
+    if not 0 <= sigma < 1:
+        raise ConfigError(f"efa_sigma is {sigma}, expected 0 (for 1/N) or a threshold below 1")
+    if keep not in KEEPS:
+        raise ConfigError(f"efa_keep is {keep!r}, expected one of {' '.join(KEEPS)}")
+    threshold = sigma or 1 / similarity.shape[-1]
+    low = similarity.amin(dim=-1, keepdim=True)
+    span = similarity.amax(dim=-1, keepdim=True) - low
+    flat = span == 0
+    # the inner `where` keeps 0/0, and with it NaN gradients, out of the graph
+    weight = torch.where(flat, 1.0, (similarity - low) / torch.where(flat, 1.0, span))
+    kept = (weight >= threshold) if keep == ">=" else (weight > threshold)
+    weight = torch.where(kept | flat, weight, 0.0)
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def group_patches(text_tokens: Tensor, patch_tokens: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Tensor:
+    """Language-grouped vision embeddings: for every text token, the patches that it resembles.
+
+    Args:
+        text_tokens: [B, L, D], not normalised.
+        patch_tokens: [B, N, D] of the paired images, class token left out, not normalised.
+        sigma: see `sparsify`.
+        keep: see `sparsify`.
+
+    Returns:
+        Joint embeddings [B, L, D].
+    """
+    similarity = text_tokens @ patch_tokens.transpose(1, 2)
+    return sparsify(similarity, sigma=sigma, keep=keep) @ patch_tokens
+
+
+def pooled_similarity(
+    tokens: Tensor,
+    joint: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    joint_mask: Tensor | None = None,
+    sharpness: float = 1.0,
+    chunk: int = 0,
+) -> Tensor:
+    """Similarity of every item's tokens with every pair's joint embeddings ("hard coding").
+
+    S_ij = (1/sharpness) log sum_n exp(sharpness * max_l cosine(tokens_in, joint_jl)). Rows i are computed
+    in chunks, and each chunk's [chunk, N, B, L] cosines are computed again in the backward pass, so that
+    memory does not grow with B * B * N * L.
+
+    Args:
+        tokens: [B, N, D], text tokens or patch tokens.
+        joint: [B, L, D].
+        token_mask: [B, N] bool, positions that count; None counts all. At least one of each row.
+        joint_mask: [B, L] bool, likewise.
+        sharpness: lambda of the log-sum-exp pooling.
+        chunk: rows at a time; 0 picks a number that keeps a chunk near `CHUNK_ELEMENTS` cosines.
+
+    Returns:
+        [B, B].
+    """
+    tokens, joint = F.normalize(tokens, dim=-1), F.normalize(joint, dim=-1)
+    chunk = chunk or max(1, CHUNK_ELEMENTS // (tokens.shape[1] * joint.shape[0] * joint.shape[1]))
+    rows = []
+    for start in range(0, len(tokens), chunk):
+        mask = None if token_mask is None else token_mask[start : start + chunk]
+        block = (tokens[start : start + chunk], joint, mask, joint_mask, sharpness)
+        rows.append(
+            checkpoint(_pool_block, *block, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else _pool_block(*block)
+        )
+    return torch.cat(rows)
+
+
+def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: str = "paper") -> Tensor:
+    """Ranking cost over a batch's similarities, both directions added, at temperature 1.
+
+    `paper` (a reading of its Eq. 11): the mean over anchors i of log sum over columns j of another
+    identity of exp(S_ij - S_ii + margin), and the same over columns; an anchor without negatives adds 0.
+    `released`: rows of S are scaled to unit length; u_ij = S_ij - S_ii + margin and
+    v_ij = S_ij - S_jj + margin, both 0 on the diagonal; mean_j log sum_i exp(u_ij), and the same of v.
+
+    Args:
+        similarity: [B, B]; the diagonal holds the pairs.
+        identity: [B] integer; unused by `released`.
+        margin: added to every gap.
+        cost: "paper" or "released".
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: unknown `cost`.
+    """
+    if cost == "paper":
+        negative = identity[:, None] != identity[None, :]
+        by_row = similarity - similarity.diagonal()[:, None] + margin
+        by_column = similarity - similarity.diagonal()[None, :] + margin
+        return _log_sum(by_row, negative).mean() + _log_sum(by_column.T, negative).mean()
+    if cost == "released":
+        similarity = F.normalize(similarity, dim=1)
+        pair = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+        diagonal = similarity.diagonal()
+        return sum(
+            (similarity - own + margin).masked_fill(pair, 0.0).logsumexp(dim=0).mean()
+            for own in (diagonal[:, None], diagonal[None, :])
+        )
+    raise ConfigError(f"efa_cost is {cost!r}, expected one of {', '.join(COSTS)}")
+
+
+def efa(
+    text_tokens: Tensor,
+    patch_tokens: Tensor,
+    joint: Tensor,
+    identity: Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    margin_text: float = 0.1,
+    margin_image: float = 0.1,
+    cost: str = "paper",
+    sharpness: float = 1.0,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """EFA's two terms; the loss is their sum.
+
+    Args:
+        text_tokens: [B, L, D], not normalised.
+        patch_tokens: [B, N, D], class token left out, not normalised.
+        joint: [B, L, D] of `group_patches`.
+        identity: [B] integer.
+        text_mask: [B, L] bool, text positions that count; None counts all, padding included.
+        margin_text: margin of the text-to-joint term.
+        margin_image: margin of the vision-to-joint term.
+        cost: see `ranking_cost`.
+        sharpness: see `pooled_similarity`.
+        chunk: see `pooled_similarity`.
+
+    Returns:
+        The text-to-joint and the vision-to-joint cost, scalars.
+    """
+    pool = {"joint_mask": text_mask, "sharpness": sharpness, "chunk": chunk}
+    by_text = pooled_similarity(text_tokens, joint, token_mask=text_mask, **pool)
+    by_image = pooled_similarity(patch_tokens, joint, **pool)
+    return (
+        ranking_cost(by_text, identity, margin=margin_text, cost=cost),
+        ranking_cost(by_image, identity, margin=margin_image, cost=cost),
+    )
+
+
+def _pool_block(
+    tokens: Tensor, joint: Tensor, token_mask: Tensor | None, joint_mask: Tensor | None, sharpness: float
+) -> Tensor:
+    pairs, length, width = joint.shape
+    # [c, N, D] x [B*L, D] -> [c, N, B, L]
+    cosine = (tokens @ joint.reshape(pairs * length, width).T).unflatten(-1, (pairs, length))
+    if joint_mask is not None:
+        cosine = cosine.masked_fill(~joint_mask, float("-inf"))
+    best = cosine.max(dim=-1).values * sharpness
+    if best.dtype in (torch.float16, torch.bfloat16):
+        best = best.float()
+    if token_mask is not None:
+        best = best.masked_fill(~token_mask[:, :, None], float("-inf"))
+    return best.logsumexp(dim=1) / sharpness
+
+
+def _log_sum(gap: Tensor, negative: Tensor) -> Tensor:
+    """Row-wise log-sum-exp over the negatives: [B, B] to [B], 0 for a row without any."""
+    has_negative = negative.any(dim=1)
+    return torch.where(has_negative, gap.masked_fill(~negative, float("-inf")).logsumexp(dim=1), 0.0)

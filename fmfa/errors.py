@@ -1,0 +1,25 @@
+"""The errors that users are meant to read: what was found, what was expected, what to do."""
+
+
+class FmfaError(ValueError):
+    """Base of every error that the package raises on purpose."""
+
+
+class AnnotationError(FmfaError):
+    """An annotation file cannot be read as one of the supported data sets."""
+
+
+class ImageError(FmfaError):
+    """A picture is missing, damaged, too large, or lies outside the image folder."""
+
+
+class CheckpointError(FmfaError):
+    """A weight file does not fit the model, or is not a weight file."""
+
+
+class ConfigError(FmfaError):
+    """A parameter is unknown, of the wrong type or outside its range."""
+
+
+class TrainingError(FmfaError):
+    """Training cannot start or go on (fatal data check, non-finite loss, unfitting resume)."""

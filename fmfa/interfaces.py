@@ -1,0 +1,36 @@
+"""What every retrieval model hands to training and evaluation."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Encoded:
+    """One modality's features of a batch.
+
+    Attributes:
+        tokens: image: [B, 1+N, D], position 0 is the class token; text: [B, L, D], where L may be the
+            longest caption of the batch instead of the full context.
+        embedding: [B, D], not normalised; retrieval compares its cosine.
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+
+
+@dataclass
+class ModelOutput:
+    """The training losses of a batch.
+
+    Attributes:
+        losses: the weighted parts by name; the total is their sum.
+        features: the shared features that the losses meet in, with their graph attached, for
+            gradient-norm logging: "image_tokens" and "text_tokens", and "masked_text_tokens" when the
+            masked captions were encoded apart. A loss need not depend on each of them.
+        stats: detached scalars worth logging.
+    """
+
+    losses: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, float | Tensor] = field(default_factory=dict)

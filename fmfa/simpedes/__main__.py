@@ -1,0 +1,31 @@
+"""`python -m fmfa.simpedes ROOT --scale small --domain street --seed 0`: write the benchmark to disk."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import FmfaError
+from .generate import DOMAINS, SCALES, generate, recipe
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m fmfa.simpedes", description=__doc__)
+    parser.add_argument("root", help="folder to write to")
+    parser.add_argument("--scale", default="small", choices=SCALES)
+    parser.add_argument("--domain", default="street", choices=DOMAINS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
+    for name in ("train", "val", "test", "images", "captions", "family", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, help="overrides the scale's number")
+    options = vars(parser.parse_args())
+    changes = {k: v for k, v in options.items() if v is not None and k not in ("root", "workers")}
+    try:
+        root = generate(options["root"], recipe(**changes), options["workers"])
+    except FmfaError as error:
+        parser.exit(1, f"{error}\n")
+    print(json.dumps(json.loads((Path(root) / "dataset.json").read_text()), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The best that any reader could do: the score of one who knows every attribute that a caption truly tells."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ..chance import random_ranking
+from .people import ATTRIBUTES
+from .truth import read_truth
+
+
+def ceiling(root: str | Path, split: str) -> dict[str, float]:
+    """Return R@1, R@5, R@10, mAP and mINP (fractions) of the all-knowing reader on a split.
+
+    The reader knows the attribute vector of every identity, and of a caption all that its words truly say (mistakes
+    are set aside). It puts the pictures of all identities that fit before the others, in random order, so a caption
+    that fits c identities scores what chance scores among their pictures; the mean over captions is returned,
+    with the mean number of identities that fit.
+    """
+    vectors: dict[int, tuple[str, ...]] = {}
+    pictures: Counter[int] = Counter()
+    queries: list[tuple[int, dict[str, tuple[str, ...]]]] = []
+    for record in read_truth(root, split):
+        vectors.setdefault(record["id"], tuple(record["attributes"][name] for name in ATTRIBUTES))
+        pictures[record["id"]] += 1
+        queries += [(record["id"], told_truly(caption)) for caption in record["captions"]]
+    table = np.array(list(vectors.values()))
+    has_value = {
+        (name, value): table[:, column] == value
+        for column, name in enumerate(ATTRIBUTES)
+        for value in np.unique(table[:, column])
+    }
+    copies = np.array([pictures[identity] for identity in vectors])
+    fits: Counter[tuple[int, int]] = Counter()
+    identities = 0
+    for identity, told in queries:
+        fitting = np.ones(len(table), bool)
+        for name, values in told.items():
+            fitting &= np.logical_or.reduce([has_value[name, v] for v in values if (name, v) in has_value])
+        fits[int(copies[fitting].sum()), pictures[identity]] += 1
+        identities += int(fitting.sum())
+    totals: Counter[str] = Counter()
+    for (size, relevant), count in fits.items():
+        for name, value in random_ranking(size, relevant).items():
+            totals[name] += float(value) * count / len(queries)
+    return {**totals, "fitting_identities": identities / len(queries)}
+
+
+def told_truly(caption: dict) -> dict[str, tuple[str, ...]]:
+    """Return what a caption truly says: attribute -> values that its words allow, mistakes set aside."""
+    told: dict[str, tuple[str, ...]] = {}
+    for phrase in caption["phrases"]:
+        for name, values in phrase["told"].items():
+            if name not in phrase["mistakes"]:
+                told[name] = tuple(v for v in told[name] if v in values) if name in told else tuple(values)
+    return told

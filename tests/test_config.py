@@ -1,0 +1,147 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmfa.config import METHODS, TrainConfig
+from fmfa.errors import ConfigError
+
+FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
+
+
+def test_all_fields_are_plain_values_with_a_help_text():
+    for setting in FIELDS.values():
+        assert setting.type in (str, int, float, bool), setting.name
+        assert type(setting.default) is setting.type, setting.name
+        assert setting.metadata["help"], setting.name
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("learning_rat", "learning_rate"), ("epoch", "epochs")])
+def test_an_unknown_key_names_the_nearest(typo, meant):
+    with pytest.raises(ConfigError, match=f"{typo}'; did you mean '{meant}'"):
+        TrainConfig.from_dict({typo: 1})
+
+
+def test_a_key_like_nothing_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"known are method, preset"):
+        TrainConfig.from_dict({"zzqx": 1})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": "1e-5"},
+        {"epochs": 3.0},
+        {"epochs": True},
+        {"tensorboard": 1},
+        {"method": None},
+        {"seed": "0"},
+    ],
+)
+def test_a_value_of_another_type_is_refused(values):
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"{name} is .* expected {FIELDS[name].type.__name__}"):
+        TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": -1},
+        {"learning_rate": -1e-5},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": -0.5},
+        {"instances": -2},
+        {"accumulate": 0},
+        {"beta2": 1.0},
+        {"seed": 2**40},
+    ],
+)
+def test_a_value_outside_its_range_is_refused(values):
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"{name} is .*expected"):
+        TrainConfig(**values)
+
+
+def test_a_wrong_choice_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'irra'"):
+        TrainConfig(method="irrra")
+
+
+def test_an_int_is_taken_for_a_float():
+    assert TrainConfig(learning_rate=1).learning_rate == 1.0
+    assert type(TrainConfig(learning_rate=1).learning_rate) is float
+
+
+def test_a_config_survives_json():
+    config = TrainConfig(method="ivt", learning_rate=3e-4, objectives="loss=sdm")
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_objective_overrides_keep_their_types():
+    config = TrainConfig(objectives="asdm_alpha=5, efa=0 efa_cost=released efa_lambda=0.5 padding=True")
+    overrides = config.objective_overrides()
+    assert overrides == {
+        "asdm_alpha": 5,
+        "efa": 0,
+        "efa_cost": "released",
+        "efa_lambda": 0.5,
+        "padding": True,
+    }
+    assert type(overrides["asdm_alpha"]) is int
+    assert TrainConfig().objective_overrides() == {}
+
+
+@pytest.mark.parametrize("text", ["asdm_alpha", "=5", "efa=", "efa=1 efa=2"])
+def test_bad_objectives_are_refused(text):
+    with pytest.raises(ConfigError, match="objectives"):
+        TrainConfig(objectives=text).objective_overrides()
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "dataset", "expected"),
+    [
+        ("fmfa", "paper", "CUHK-PEDES", {"learning_rate": 1e-5, "factors": "irra", "epochs": 60}),
+        ("fmfa", "paper", "ICFG-PEDES", {"epochs": 100}),
+        ("fmfa", "released", "ICFG-PEDES", {"epochs": 60, "learning_rate": 5e-6, "factors": "flat"}),
+        ("irra", "released", "RSTPReid", {"eps": 1e-3, "batch_size": 64}),
+        ("clip", "paper", "RSTPReid", {"optimizer": "adam", "weight_decay": 4e-5, "image_height": 384}),
+        ("ivt", "released", "CUHK-PEDES", {"optimizer": "sgd", "batch_size": 28, "stride": 12}),
+        ("ivt", "paper", "RSTPReid", {"batch_size": 48, "stride": 16, "schedule": "ivt"}),
+        ("fmfa", "paper", "SimPEDES", {"image_height": 96, "image_width": 32, "stride": 8}),
+    ],
+)
+def test_presets_are_the_published_recipes(method, preset, dataset, expected):
+    resolved = TrainConfig(method=method, preset=preset, dataset=dataset).resolved().to_dict()
+    assert {name: resolved[name] for name in expected} == expected
+
+
+def test_given_values_stand_against_the_preset():
+    given_values = {"epochs": 2, "instances": 0, "weight_decay": 0.0, "mask_text": 0.0, "optimizer": "adamw"}
+    resolved = TrainConfig(method="ivt", dataset="RSTPReid", **given_values).resolved()
+    assert {name: getattr(resolved, name) for name in given_values} == given_values
+    assert resolved.batch_size == 48
+
+
+def test_a_batch_must_hold_whole_identities():
+    with pytest.raises(ConfigError, match="not a multiple of instances 4"):
+        TrainConfig(batch_size=30, instances=4).resolved()
+
+
+@given(
+    method=st.sampled_from(METHODS),
+    preset=st.sampled_from(["paper", "released"]),
+    dataset=st.sampled_from(["CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES", "my own"]),
+)
+def test_resolving_leaves_nothing_open_and_is_idempotent(method, preset, dataset):
+    resolved = TrainConfig(method=method, preset=preset, dataset=dataset).resolved()
+    assert resolved.resolved() == resolved
+    for name in ("optimizer", "factors", "schedule", "text_levels"):
+        assert getattr(resolved, name)
+    for name in ("epochs", "batch_size", "learning_rate", "image_height", "image_width", "stride", "eps"):
+        assert getattr(resolved, name) > 0
+    for name in ("instances", "weight_decay", "warmup_epochs", "mask_image", "mask_text"):
+        assert getattr(resolved, name) >= 0

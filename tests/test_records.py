@@ -1,0 +1,203 @@
+import json
+import os
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fmfa.annotations import Dataset
+from fmfa.provenance import data_fingerprint, device_name, git_state, package_versions
+from fmfa.records import MetricsLog, collect_runs, read_metrics, read_record, run_record, write_json
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": np.int64(1), "b": np.float32(0.5), "c": tmp_path})
+    assert json.loads(path.read_text()) == {"a": 1, "b": 0.5, "c": str(tmp_path)}
+    before = path.read_bytes()
+    for bad in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(path, bad)
+
+    def full(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"a": 2})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_record_says_how_the_run_ended(tmp_path):
+    with run_record(tmp_path, config={"seed": 3}) as notes:
+        assert read_record(tmp_path)["status"] == "running"
+        notes["best"] = 12.5
+    record = read_record(tmp_path)
+    assert (record["status"], record["best"], record["error"]) == ("finished", 12.5, None)
+    assert record["started"] <= record["finished"]
+    assert record["versions"]["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("bad\nnews"), "failed"),
+        (KeyboardInterrupt("x"), "interrupted"),
+        (SystemExit(1), "interrupted"),
+    ],
+)
+def test_a_record_keeps_the_error_and_lets_it_through(tmp_path, error, status):
+    with pytest.raises(type(error)), run_record(tmp_path):
+        raise error
+    record = read_record(tmp_path)
+    assert record["status"] == status
+    assert type(error).__name__ in record["error"]
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError("No space left on device")
+
+    def body():
+        with run_record(tmp_path):
+            monkeypatch.setattr(os, "replace", full)
+            raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        body()
+
+
+def test_a_second_start_keeps_the_first_time(tmp_path):
+    for _ in range(3):
+        with run_record(tmp_path):
+            pass
+    record = read_record(tmp_path)
+    assert len(record["resumed"]) == 2
+    assert record["started"] <= record["resumed"][0]
+
+
+def git(folder, *command):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", folder, *identity, *command], check=True, capture_output=True)
+
+
+def test_git_state_follows_the_checkout(tmp_path):
+    nowhere = {"commit": None, "dirty": None}
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    assert git_state(tmp_path) == nowhere
+    git(tmp_path, "init", "-q")
+    assert git_state(tmp_path) == {"commit": None, "dirty": False}
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "first")
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
+    assert git_state(inside) == nowhere  # somebody else's checkout around an installed package
+    assert git_state(tmp_path / "absent") == nowhere
+
+
+def test_git_state_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_versions_and_device_are_named():
+    versions = package_versions()
+    assert versions["python"].startswith("3.")
+    assert versions["torch"]
+    assert device_name("cpu").startswith("cpu: ")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(name.encode() * 10)
+    columns = {"image": ["a.png", "a.png", "b.png", "c.png"], "identity": [1, 1, 2, 3], "split": "train"}
+    return Dataset("toy", tmp_path, pd.DataFrame(columns | {"caption": ["w", "x", "y", "z"]}))
+
+
+def test_the_fingerprint_sees_the_table_and_the_pictures(dataset):
+    first = data_fingerprint(dataset)
+    assert first == data_fingerprint(Dataset("another name", dataset.images, dataset.table.copy()))
+    seen = {first}
+    for column, value in (("caption", "other"), ("identity", 7), ("split", "test"), ("image", "b.png")):
+        table = dataset.table.copy()
+        table.loc[1, column] = value
+        seen.add(data_fingerprint(Dataset("toy", dataset.images, table)))
+    seen.add(data_fingerprint(Dataset("toy", dataset.images, dataset.table.iloc[::-1])))
+    (dataset.images / "b.png").write_bytes(b"changed")
+    seen.add(data_fingerprint(dataset))
+    (dataset.images / "b.png").unlink()
+    seen.add(data_fingerprint(dataset))
+    assert len(seen) == 8
+
+
+def test_the_fingerprint_does_not_join_neighbouring_values(dataset):
+    table = dataset.table.copy()
+    table["caption"] = ["wx", "", "y", "z"]
+    assert data_fingerprint(dataset) != data_fingerprint(Dataset("toy", dataset.images, table))
+
+
+def test_collecting_lists_every_run_whatever_became_of_it(tmp_path):
+    def run(name, error=None):
+        with run_record(tmp_path / name, config={"method": "irra", "seed": 1, "sizes": [1]}):
+            if error:
+                raise error
+
+    run("study/good")
+    for name, error in (("bad", ValueError("broke")), ("stopped", KeyboardInterrupt())):
+        with pytest.raises(type(error)):
+            run(name, error)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "half" / "checkpoints" / "last-00000001").mkdir(parents=True)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text('{"status": "fini')
+    for name, process in (("killed", 2**30), ("alive", os.getpid())):
+        run(name)
+        record = read_record(tmp_path / name) | {"status": "running", "process": process}
+        write_json(tmp_path / name / "run.json", record)
+    table = collect_runs(tmp_path, expected=["study/good", "study/never"]).set_index("run")
+    assert table["status"].to_dict() == {
+        "alive": "running",
+        "bad": "failed",
+        "empty": "no record",
+        "half": "no record",
+        "killed": "died",
+        "stopped": "interrupted",
+        "study/good": "finished",
+        "study/never": "missing",
+        "torn": "unreadable",
+    }
+    assert table.loc["study/good", ["method", "seed"]].tolist() == ["irra", 1]
+    assert table.loc["bad", "error"] == "ValueError: broke"
+    assert "sizes" not in table
+
+
+def test_collecting_an_absent_folder_gives_an_empty_table(tmp_path):
+    assert collect_runs(tmp_path / "absent").empty
+    assert collect_runs(tmp_path / "absent", ["a"])["status"].tolist() == ["missing"]
+
+
+def test_metrics_are_long_and_cut_back_on_resume(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.add("train", 1, 10, {"loss": 1 / 3, "R@1, half": 2})
+    size = log.size
+    log.add("val", 1, 10, {"R@1": 50.0})
+    with log.path.open("a") as file:
+        file.write("run,val,2,2")  # a torn line
+    table = read_metrics(tmp_path)
+    assert table["metric"].tolist() == ["loss", "R@1, half", "R@1"]
+    assert table["value"].tolist() == [1 / 3, 2.0, 50.0]
+    assert table["epoch"].dtype == "int64"
+    MetricsLog(tmp_path, size).add("val", 1, 10, {"R@1": 60.0})
+    assert read_metrics(tmp_path)["value"].tolist() == [1 / 3, 2.0, 60.0]
+    MetricsLog(tmp_path)
+    assert read_metrics(tmp_path).empty
+    assert read_metrics(tmp_path / "absent").empty
