@@ -196,6 +196,4 @@ def _last_declared(namespace: Mapping[str, Any]) -> dict[str, Parameter]:
                 return declared
         except ConfigError:
             continue  # a cell of another kind
-    raise ConfigError(
-        "no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)"
-    )
+    raise ConfigError("no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)")

@@ -12,8 +12,8 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from fmfa.annotations import Dataset
-from fmfa.images import load_image, resolve_image
+from fmfa.data.annotations import Dataset
+from fmfa.data.images import load_image, resolve_image
 from fmfa.simpedes import PARTS, read_parts, read_truth
 from fmfa.simpedes.people import ATTRIBUTES
 
@@ -43,7 +43,7 @@ def plot_counts(dataset: Dataset) -> Figure:
     captions = dataset.table.groupby(["split", "image"], observed=True).size().rename("captions an image")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, counts in zip(axes, (images, captions), strict=True):
-        kept = dict(discrete=True, stat="percent", common_norm=False, multiple="dodge", shrink=0.8)
+        kept = {"discrete": True, "stat": "percent", "common_norm": False, "multiple": "dodge", "shrink": 0.8}
         sns.histplot(counts.reset_index(), x=counts.name, hue="split", ax=axis, **kept)
         axis.set_ylabel("share within split (%)")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -103,7 +103,9 @@ def plot_part_maps(root: str | Path, split: str, count: int = 10, seed: int = 0)
     colours = ListedColormap(PART_COLOURS)
     for column, path in enumerate(paths):
         axes[0, column].imshow(load_image(Path(root) / "imgs" / path), interpolation="nearest")
-        shown = axes[1, column].imshow(maps[path], cmap=colours, vmin=-0.5, vmax=len(PARTS) - 0.5, interpolation="nearest")
+        shown = axes[1, column].imshow(
+            maps[path], cmap=colours, vmin=-0.5, vmax=len(PARTS) - 0.5, interpolation="nearest"
+        )
     for axis in axes.flat:
         axis.set_axis_off()
     bar = figure.colorbar(shown, ax=axes, ticks=range(len(PARTS)), fraction=0.02)
@@ -155,7 +157,9 @@ def family_differences(root: str | Path, split: str) -> pd.DataFrame:
     pairs = [pair for family in families.values() for pair in combinations(family.values(), 2)]
     counts = Counter(name for a, b in pairs for name in ATTRIBUTES if a[name] != b[name])
     table = pd.DataFrame(counts.most_common(), columns=["attribute", "pairs"])
-    return table.assign(share=(100 * table["pairs"] / max(len(pairs), 1)).round(1)).rename(columns={"share": "share (%)"})
+    return table.assign(share=(100 * table["pairs"] / max(len(pairs), 1)).round(1)).rename(
+        columns={"share": "share (%)"}
+    )
 
 
 def mistake_rates(root: str | Path, split: str) -> pd.DataFrame:
@@ -169,5 +173,3 @@ def mistake_rates(root: str | Path, split: str) -> pd.DataFrame:
     table = pd.DataFrame(rows).groupby("part").sum().sort_values("phrases", ascending=False)
     table.loc["all"] = table.sum()
     return table.assign(**{"rate (%)": (100 * table["mistakes"] / table["phrases"]).round(2)})
-
-

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .clip import ClipRetriever, Objectives
-from .model_files import save_checkpoint
-from .provenance import device_name, package_versions
-from .simpedes.stream import web_pair
-from .tokens import Tokenizer, small_tokenizer
+from fmfa.models.clip import ClipRetriever, Objectives
+from fmfa.provenance import device_name, package_versions
+from fmfa.simpedes.stream import web_pair
+from fmfa.text.tokens import Tokenizer, small_tokenizer
+from fmfa.weights.own import save_checkpoint
 
 TINY_CLIP = Path(__file__).parents[1] / "data" / "tiny_clip_config.json"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -83,9 +83,7 @@ def pretrain(
         The record: command, curve, versions, time.
     """
     out, started = Path(out), time.time()
-    settings = {
-        k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k not in ("started", "out")
-    }
+    settings = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k not in ("started", "out")}
     settings["config"] = json.loads(Path(config).read_text())
     tokenizer = small_tokenizer()
     objectives = Objectives(itc=1.0, tau=tau)
@@ -169,9 +167,7 @@ def _recall(model: ClipRetriever, images: Tensor, ids: Tensor) -> float:
     image = nn.functional.normalize(model.encode_image(_normalise(images)).embedding, dim=-1)
     text = nn.functional.normalize(model.encode_text(ids).embedding, dim=-1)
     model.train()
-    return round(
-        float(((text @ image.T).argmax(1) == torch.arange(len(ids), device=ids.device)).float().mean()), 4
-    )
+    return round(float(((text @ image.T).argmax(1) == torch.arange(len(ids), device=ids.device)).float().mean()), 4)
 
 
 def main() -> None:

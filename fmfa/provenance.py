@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmfa.annotations import Dataset
+from fmfa.data.annotations import Dataset
 
 PACKAGES = (
     *("fmfa", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "tokenizers"),
@@ -77,9 +77,7 @@ def data_fingerprint(dataset: Dataset, sample: int = 64) -> str:
 
 def _git(folder: Path, *command: str) -> str | None:
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=30
-        )
+        result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -102,9 +102,7 @@ def run_notebook(
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 finished, 1 a cell failed, 2 bad parameters."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fmfa.runner", description=run_notebook.__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m fmfa.runner", description=run_notebook.__doc__.split("\n")[0])
     parser.add_argument("notebook", help="notebook to run")
     parser.add_argument("output", nargs="?", help="executed notebook; record and HTML are written beside it")
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))

@@ -9,7 +9,7 @@ from formats import FORMATS, dump, people, write_cuhk, write_icfg, write_icfg_pr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmfa.annotations import read_dataset
+from fmfa.data.annotations import read_dataset
 from fmfa.errors import AnnotationError, ConfigError, FmfaError
 
 COLUMNS = ["image", "identity", "label", "split", "caption", "record"]
@@ -352,9 +352,7 @@ scalars = (
     | st.text(max_size=6)
     | st.sampled_from(["\ud800", "../x", "a.png", "train", "1"])
 )
-values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=2)
-)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=2))
 fields = [
     "id",
     "identity",
@@ -384,9 +382,7 @@ records = st.lists(
 )
 contents = (
     records
-    | st.dictionaries(
-        st.sampled_from(["train", "val", "test", "query", "gallery", "x"]), records | values, max_size=4
-    )
+    | st.dictionaries(st.sampled_from(["train", "val", "test", "query", "gallery", "x"]), records | values, max_size=4)
     | values
 )
 good = st.lists(

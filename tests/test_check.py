@@ -8,11 +8,11 @@ from formats import FORMATS, copy_with, dump, people, write_cuhk, write_icfg, wr
 from PIL import Image
 from test_images import png_header
 
-from fmfa.annotations import Dataset, read_dataset
 from fmfa.check import check_dataset
 from fmfa.check.__main__ import main
+from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError, ImageError
-from fmfa.tokens import clip_tokenizer
+from fmfa.text.tokens import clip_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +311,7 @@ def test_command_line(cuhk, tmp_path, capsys):
 def test_command_line_from_a_shell(tmp_path):
     write_icfg(tmp_path)
     (tmp_path / "imgs" / "cam0" / "00000_0.jpg").write_bytes(b"")
-    done = subprocess.run(
-        [sys.executable, "-m", "fmfa.check", tmp_path], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "fmfa.check", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "00000_0.jpg: the file is empty" in done.stdout
     assert done.stderr == ""

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fmfa import checkpoints, model_files
-from fmfa.checkpoints import LoadReport, find_weights, load_weights
-from fmfa.clip import ClipRetriever, objectives
 from fmfa.errors import CheckpointError
-from fmfa.model_files import load_retriever, read_checkpoint, save_checkpoint
-from fmfa.weight_files import read_state_dict
+from fmfa.models.clip import ClipRetriever, objectives
+from fmfa.weights import loading as checkpoints
+from fmfa.weights import own as model_files
+from fmfa.weights.files import read_state_dict
+from fmfa.weights.loading import LoadReport, find_weights, load_weights
+from fmfa.weights.own import load_retriever, read_checkpoint, save_checkpoint
 
 
 def config(**other):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from fmfa.backbone import resize_positions
-from fmfa.clip import ClipRetriever, Objectives, objectives
 from fmfa.errors import ConfigError
+from fmfa.models.backbone import resize_positions
+from fmfa.models.clip import ClipRetriever, Objectives, objectives
 
 CONTEXT, VOCABULARY = 12, 40
 START, END, MASK = VOCABULARY - 2, VOCABULARY - 1, VOCABULARY - 3
@@ -291,7 +291,7 @@ def test_a_hub_backbone_without_a_network_names_the_way_out(monkeypatch):
     def offline(name):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("fmfa.backbone.get_model_config", offline)
+    monkeypatch.setattr("fmfa.models.backbone.get_model_config", offline)
     with pytest.raises(ConfigError, match=r"no route to host.*Without a network, give a JSON file"):
         ClipRetriever("hf-hub:someone/something")
 
@@ -307,7 +307,15 @@ def test_wrong_sizes_are_errors():
 
 def test_presets():
     fmfa, released = objectives("fmfa"), objectives("fmfa", "released", "ICFG-PEDES")
-    assert (fmfa.asdm, fmfa.id, fmfa.irr, fmfa.efa, fmfa.sdm, fmfa.itc, fmfa.cmpm) == (1, 1, 1, 1, 0, 0, 0)
+    assert (fmfa.asdm, fmfa.id, fmfa.irr, fmfa.efa, fmfa.sdm, fmfa.itc, fmfa.cmpm) == (
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+    )
     assert (fmfa.asdm_form, fmfa.asdm_alpha, fmfa.efa_cost) == ("paper", 10, "paper")
     assert (fmfa.efa_positions, fmfa.efa_keep, fmfa.retrieval_sees_mask) == ("caption", ">=", False)
     assert (released.asdm_form, released.asdm_alpha, released.efa_cost) == ("released", 0.1, "released")

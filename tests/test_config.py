@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmfa.config import METHODS, TrainConfig
 from fmfa.errors import ConfigError
+from fmfa.training.config import METHODS, TrainConfig
 
 FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
 

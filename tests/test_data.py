@@ -6,11 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fmfa.data import PairDataset, make_loader, mask_tokens, start_epoch, swap_sides
-from fmfa.errors import ConfigError, ImageError
-from fmfa.sampling import IdentityBatches, RandomBatches
-from fmfa.tokens import clip_tokenizer
-from fmfa.transforms import (
+from fmfa.data.pairs import PairDataset, make_loader, mask_tokens, start_epoch, swap_sides
+from fmfa.data.sampling import IdentityBatches, RandomBatches
+from fmfa.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     fmfa_evaluation,
@@ -18,7 +16,9 @@ from fmfa.transforms import (
     ivt_evaluation,
     ivt_training,
 )
-from fmfa.wordpiece import WordPieceTokenizer
+from fmfa.errors import ConfigError, ImageError
+from fmfa.text.tokens import clip_tokenizer
+from fmfa.text.wordpiece import WordPieceTokenizer
 
 SIZE = (24, 16)
 CAPTIONS = ["A man with a bag on his left.", "Right shoe black, no hat.", "", "a tall woman in red"]
@@ -216,9 +216,7 @@ def test_where_none_is_chosen_position_one_is(tokenizer):
         assert labels.nonzero().tolist() == [[0, 1], [3, 1]]
         assert masked[1:3].equal(ids[1:3])  # an end token, and a token that no label can name
         assert labels[0, 1] == ids[0, 1]
-        fates.add(
-            "mask" if masked[0, 1] == tokenizer.mask_id else "kept" if masked[0, 1] == ids[0, 1] else "random"
-        )
+        fates.add("mask" if masked[0, 1] == tokenizer.mask_id else "kept" if masked[0, 1] == ids[0, 1] else "random")
     assert fates == {"mask", "kept", "random"}
     one, label = mask_tokens(ids[0], tokenizer, torch.Generator().manual_seed(1), 0.0)
     assert one.shape == label.shape == (20,)
@@ -255,8 +253,7 @@ def test_a_sample_derives_from_seed_epoch_and_row(dataset):
     for other in (other_epoch, other_seed):
         assert not other[0]["images"].equal(pairs[0]["images"])
         masks = [
-            [sample["masked_ids"][0].tolist() for sample in map(data.__getitem__, range(24))]
-            for data in (other, pairs)
+            [sample["masked_ids"][0].tolist() for sample in map(data.__getitem__, range(24))] for data in (other, pairs)
         ]
         assert masks[0] != masks[1]
     # Rows of one picture are augmented independently.
@@ -370,10 +367,7 @@ def test_masks_are_of_the_swapped_caption(dataset):
 
 
 def test_swap_sides():
-    assert (
-        swap_sides("Left hand, right-hand RIGHT; upright leftover")
-        == "Right hand, left-hand LEFT; upright leftover"
-    )
+    assert swap_sides("Left hand, right-hand RIGHT; upright leftover") == "Right hand, left-hand LEFT; upright leftover"
     assert swap_sides("no side") == "no side"
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from fmfa.clip import ClipRetriever, Objectives
-from fmfa.distributed import gather, largest, total, world_size
+from fmfa.models.clip import ClipRetriever, Objectives
+from fmfa.models.distributed import gather, largest, total, world_size
 
 CONTEXT, VOCABULARY = 9, 30
 EVERYTHING = {"itc": 1, "cmpm": 1, "sdm": 1, "asdm": 1, "id": 1, "irr": 1, "efa": 1, "irr_depth": 1}

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fmfa import efa
 from fmfa.errors import ConfigError
+from fmfa.losses import efa
 
 
 def tokens(*shape, seed=0):

@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmfa.encoding import encode_captions, encode_images
+from fmfa.data.transforms import fmfa_evaluation
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.evaluation import IMAGE_TO_TEXT, TEXT_TO_IMAGE, evaluate, gallery_of, search_folder, top_matches
-from fmfa.interfaces import Encoded
-from fmfa.metrics import rank_metrics
-from fmfa.transforms import fmfa_evaluation
+from fmfa.evaluation.encoding import encode_captions, encode_images
+from fmfa.evaluation.metrics import rank_metrics
+from fmfa.models.interfaces import Encoded
 
 TRANSFORM = fmfa_evaluation((6, 4))
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "grey": (90, 90, 90)}
@@ -96,9 +96,7 @@ def test_a_model_that_knows_the_answer_is_perfect_and_a_shuffled_one_is_not(resu
 
 
 def test_metrics_are_those_of_the_features_in_both_directions(split, tmp_path):
-    split["identity"] = np.repeat(
-        [1, 1, 2, 2, 3, 3, 4, 4, 4, 1, 2, 3], 2
-    )  # identities that colours do not tell
+    split["identity"] = np.repeat([1, 1, 2, 2, 3, 3, 4, 4, 4, 1, 2, 3], 2)  # identities that colours do not tell
     found = evaluate(ColourModel(), split, tmp_path, WordTokenizer(), TRANSFORM, batch_size=5)
     text, image = (nn.functional.normalize(f.double()) for f in (found.text_features, found.image_features))
     identities = split["identity"].to_numpy(), split["identity"].to_numpy()[::2]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fmfa.data.images import MAX_PIXELS, load_image, resolve_image, unsafe_path
 from fmfa.errors import ImageError
-from fmfa.images import MAX_PIXELS, load_image, resolve_image, unsafe_path
 
 
 def noise(height=40, width=16):

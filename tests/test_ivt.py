@@ -8,17 +8,17 @@ import torch
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from fmfa import ivt, parity, parity_ivt
-from fmfa.cmpm import cmpm_joint
+from fmfa import parity
 from fmfa.errors import ConfigError
-from fmfa.ivt import IvtRetriever, draw_kept
-from fmfa.ivt_network import IvtConfig
 from fmfa.losses import sdm
+from fmfa.losses.projection import cmpm_joint
+from fmfa.models import ivt
+from fmfa.models.ivt import IvtRetriever, draw_kept
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.parity import ivt as parity_ivt
 
 FIXTURE = Path(__file__).parent / "fixtures" / "ivt_small.npz"
-TINY = IvtConfig(
-    width=32, depth=2, heads=2, image_size=(32, 16), patch=8, stride=6, vocab_size=50, positions=24
-)
+TINY = IvtConfig(width=32, depth=2, heads=2, image_size=(32, 16), patch=8, stride=6, vocab_size=50, positions=24)
 STILL = replace(TINY, drop_path=0.0, text_dropout=0.0, mask_image=0.0, mask_text=0.0)
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from fmfa.errors import CheckpointError, ConfigError
-from fmfa.ivt import IvtRetriever
-from fmfa.ivt_network import IvtConfig
-from fmfa.ivt_weights import load_ivt, start_from_vit_and_bert
-from fmfa.weight_files import read_state_dict
+from fmfa.models.ivt import IvtRetriever
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.weights.files import read_state_dict
+from fmfa.weights.ivt import load_ivt, start_from_vit_and_bert
 
 NARROW = IvtConfig(width=24, heads=2, vocab_size=40, positions=20)  # 12 blocks, 384 x 128, stride 12
 UNUSED = {
@@ -71,9 +71,7 @@ def released_shapes(config, identities=11003):
 
 def released_state(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: torch.randn(shape, generator=generator) for name, shape in released_shapes(config, 30).items()
-    }
+    state = {name: torch.randn(shape, generator=generator) for name, shape in released_shapes(config, 30).items()}
     state["encoder_vl.embeddings.position_ids"] = torch.arange(config.positions)[None]
     state["bottleneck_img.num_batches_tracked"] = torch.tensor(0)
     return state
@@ -243,9 +241,7 @@ def test_start_from_an_imagenet_vit_and_bert(tmp_path, prefix, norm):
     assert set(report.resized) == {"encoder_vl.pos_embed"}
     assert tuple(report.missing) == ("encoder_vl.type_embed",)
     assert len(report.loaded) == 202
-    assert torch.equal(
-        own["encoder_vl.type_embed"], IvtRetriever(NARROW, seed=4).encoder_vl.type_embed.detach()
-    )
+    assert torch.equal(own["encoder_vl.type_embed"], IvtRetriever(NARROW, seed=4).encoder_vl.type_embed.detach())
     expected = naive_resize(vit["pos_embed"], (14, 14), (31, 10))
     assert np.allclose(own["encoder_vl.pos_embed"].numpy(), expected, atol=1e-5)
     for ours, theirs in (

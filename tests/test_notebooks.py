@@ -54,9 +54,7 @@ def _code(cells):
     if len(lines) > MAX_CODE_LINES:
         yield f"{len(lines)} lines of code, at most {MAX_CODE_LINES}: move logic into the package"
     for line in lines:
-        yield from (
-            f"{reason}: {line.strip()!r}" for pattern, reason in FORBIDDEN.items() if re.search(pattern, line)
-        )
+        yield from (f"{reason}: {line.strip()!r}" for pattern, reason in FORBIDDEN.items() if re.search(pattern, line))
     for cell in cells:
         python = "\n".join("pass" if line[:1] in "%!" else line for line in cell.source.splitlines() if line)
         for node in ast.walk(ast.parse(python)):

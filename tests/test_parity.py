@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fmfa import efa, heads, losses, parity
-from fmfa.parity_row import compare
+from fmfa import losses, parity
+from fmfa.losses import efa
+from fmfa.models import heads
+from fmfa.parity.row import compare
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = ("fmfa_narrow.npz", "fmfa_short.npz")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmfa.annotations import Dataset
+from fmfa.data.annotations import Dataset
 from fmfa.provenance import data_fingerprint, device_name, git_state, package_versions
 from fmfa.records import MetricsLog, collect_runs, read_metrics, read_record, run_record, write_json
 

@@ -9,7 +9,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from fmfa.config import TrainConfig
 from fmfa.errors import ConfigError
 from fmfa.parameters import (
     Parameter,
@@ -21,6 +20,7 @@ from fmfa.parameters import (
 )
 from fmfa.progress import progress_bar
 from fmfa.runner import main, run_notebook, status_path
+from fmfa.training.config import TrainConfig
 
 CELL = """\
 # How long and how fast.
@@ -200,7 +200,7 @@ def test_a_run_leaves_notebook_page_and_record(write, tmp_path, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     notebook = write(
         CELL,
-        "from fmfa.config import TrainConfig\nfrom fmfa.parameters import check_parameters\n"
+        "from fmfa.training.config import TrainConfig\nfrom fmfa.parameters import check_parameters\n"
         "config = check_parameters(TrainConfig, globals(), beside=('seeds', 'method'))",
         "from fmfa.progress import progress_bar\nwith progress_bar(1, 'bar', 'things') as bar: bar.update()",
         "import os\nprint(os.path.basename(os.getcwd()), config.learning_rate, epochs, seeds, tensorboard)",
@@ -301,9 +301,7 @@ def test_a_kernel_that_dies_in_a_cell_is_not_tried_again(write, tmp_path):
     assert (record["status"], record["kernel_starts"]) == ("failed", 1)
 
 
-@pytest.mark.parametrize(
-    ("variable", "shown", "silent"), [("1", True, True), ("0", True, False), (None, False, True)]
-)
+@pytest.mark.parametrize(("variable", "shown", "silent"), [("1", True, True), ("0", True, False), (None, False, True)])
 def test_progress_bars_obey_the_environment_and_the_caller(monkeypatch, capsys, variable, shown, silent):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     if variable is not None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmfa.data.sampling import IdentityBatches, RandomBatches
 from fmfa.errors import ConfigError
-from fmfa.sampling import IdentityBatches, RandomBatches
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "ivt_tables.json").read_text())["sampler"]
 
@@ -21,8 +21,7 @@ def test_random_batches_see_every_row_once(rows, share, world, drop_last):
     if drop_last and rows < size:
         return
     ranks = [
-        RandomBatches(rows, size, seed=3, rank=rank, world_size=world, drop_last=drop_last)
-        for rank in range(world)
+        RandomBatches(rows, size, seed=3, rank=rank, world_size=world, drop_last=drop_last) for rank in range(world)
     ]
     joint = [flat(parts) for parts in zip(*ranks, strict=True)]
     single = [list(batch) for batch in RandomBatches(rows, size, seed=3, drop_last=drop_last)]
@@ -83,10 +82,7 @@ def test_identity_batches(sizes, instances, share, world, seed):
     names = [7 * i + 3 for i in range(len(sizes))]  # with gaps
     identities = np.random.default_rng(seed).permutation(np.repeat(names, sizes))
     P = share * world
-    ranks = [
-        IdentityBatches(identities, P, instances, seed=seed, rank=rank, world_size=world)
-        for rank in range(world)
-    ]
+    ranks = [IdentityBatches(identities, P, instances, seed=seed, rank=rank, world_size=world) for rank in range(world)]
     joint = [flat(parts) for parts in zip(*ranks, strict=True)]
     assert joint == batches(IdentityBatches(identities, P, instances, seed=seed))
 

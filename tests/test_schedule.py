@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmfa.schedule import ivt_cosine, warmup_cosine
+from fmfa.training.schedule import ivt_cosine, warmup_cosine
 
 TABLES = json.loads((Path(__file__).parent / "fixtures" / "schedules.json").read_text())
 
@@ -30,9 +30,7 @@ def test_the_ivt_bias_group_is_not_twice_the_weight_group():
     assert ivt_cosine(500, base=0.005) == 1e-5
 
 
-@given(
-    epochs=st.integers(1, 200), warmup=st.integers(0, 20), start=st.floats(0.001, 1), end=st.floats(0, 0.5)
-)
+@given(epochs=st.integers(1, 200), warmup=st.integers(0, 20), start=st.floats(0.001, 1), end=st.floats(0, 0.5))
 def test_warmup_cosine_rises_then_falls_within_its_bounds(epochs, warmup, start, end):
     factors = [
         warmup_cosine(e, epochs=epochs, warmup_epochs=warmup, warmup_factor=start, final_factor=end)

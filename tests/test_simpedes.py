@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fmfa.annotations import read_dataset
+from fmfa.data.annotations import read_dataset
 from fmfa.errors import ConfigError
 from fmfa.simpedes import (
     CAMERAS,
@@ -73,9 +73,7 @@ def test_family_members_are_one_or_two_things_away_from_the_first():
     for start in range(0, 600, 3):
         base = people[start]
         for member in people[start + 1 : start + 3]:
-            differing = {
-                things[n] for n in ATTRIBUTES if getattr(base, n) != getattr(member, n) and n != "held_side"
-            }
+            differing = {things[n] for n in ATTRIBUTES if getattr(base, n) != getattr(member, n) and n != "held_side"}
             assert 1 <= len(differing) <= 2
 
 
@@ -187,7 +185,7 @@ def test_spans_point_at_their_phrases_and_captions_stay_in_range():
             for phrase in caption.phrases:
                 assert caption.text[phrase.start : phrase.end] == phrase.text
             spans = [(p.start, p.end) for p in caption.phrases]
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
     assert min(lengths) >= 12
     assert np.mean(lengths) > 22
     assert np.mean(np.array(lengths) > 47) < 0.1
@@ -296,9 +294,7 @@ print(hasher.hexdigest())
 def test_the_pixels_have_a_known_checksum_on_any_processor(disabled):
     known = "CHECKSUM"
     environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": disabled, "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
-        [sys.executable, "-c", PICTURES], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", PICTURES], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == known
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fmfa.statistics import (
+from fmfa.evaluation.statistics import (
     bootstrap_interval,
     hierarchical_interval,
     holm,
@@ -39,9 +39,7 @@ def test_bootstrap_agrees_with_the_closed_form_of_equal_clusters():
     found = bootstrap_interval(np.repeat(level, 4), np.repeat(np.arange(500), 4), rng, resamples=5000)
     half = 1.96 * level.std() / np.sqrt(500)
     assert found.estimate == pytest.approx(level.mean())
-    np.testing.assert_allclose(
-        [found.low, found.high], level.mean() + np.array([-half, half]), atol=half / 10
-    )
+    np.testing.assert_allclose([found.low, found.high], level.mean() + np.array([-half, half]), atol=half / 10)
 
 
 def test_same_generator_same_interval_and_order_of_queries_does_not_matter():
@@ -49,9 +47,7 @@ def test_same_generator_same_interval_and_order_of_queries_does_not_matter():
     first = bootstrap_interval(values, identity, np.random.default_rng(7))
     order = np.random.default_rng(3).permutation(len(values))
     again = bootstrap_interval(values[order], identity[order], np.random.default_rng(7))
-    np.testing.assert_allclose(
-        [first.estimate, first.low, first.high], [again.estimate, again.low, again.high]
-    )
+    np.testing.assert_allclose([first.estimate, first.low, first.high], [again.estimate, again.low, again.high])
     assert bootstrap_interval(values, identity, np.random.default_rng(8)) != first
 
 

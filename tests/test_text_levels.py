@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmfa.errors import ConfigError
-from fmfa.text_levels import (
+from fmfa.text.levels import (
     LEVEL_FORMS,
     LevelReader,
     clause_candidates,
@@ -106,9 +106,7 @@ def test_attribute_phrases_are_joined_in_every_order_and_number():
 def test_attributes_form_uses_them_and_falls_back_to_unstripped_pieces():
     bracketed = CAPTIONS[4]
     generator = np.random.default_rng(0)
-    with_attributes = text_levels(
-        bracketed, generator, form="attributes", attributes={"upper": "white dress"}
-    )
+    with_attributes = text_levels(bracketed, generator, form="attributes", attributes={"upper": "white dress"})
     assert with_attributes.word == "white dress"
     words = {text_levels(bracketed, generator, form="attributes", attributes={}).word for _ in range(40)}
     assert words == {"[the girl is wearing a white dress", "carrying a bag"}

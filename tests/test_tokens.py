@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip import SimpleTokenizer
 
-from fmfa.cleaning import clean_caption, cleaned_with_origin
 from fmfa.errors import ConfigError
-from fmfa.tokens import clip_tokenizer, phrase_tokens, small_tokenizer, train_small_vocabulary
+from fmfa.text.cleaning import clean_caption, cleaned_with_origin
+from fmfa.text.tokens import clip_tokenizer, phrase_tokens, small_tokenizer, train_small_vocabulary
 
 CAPTIONS = [
     "A man wearing a RED t-shirt, dark-blue jeans and white shoes; he's carrying 2 bags.",
@@ -33,9 +33,7 @@ WORDS = [
     ("ＲＥＤ", "red"),
     ("&quot;", '"'),
 ]
-ordinary = st.lists(
-    st.tuples(st.sampled_from(WORDS), st.sampled_from([" ", "  ", "\t", "\n", " \u3000"])), max_size=12
-)
+ordinary = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([" ", "  ", "\t", "\n", " \u3000"])), max_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +99,7 @@ def test_special_tokens_cannot_be_written_in_a_caption(tokenizer):
     hostile = "a <|mask|> <|endoftext|> <|startoftext|> <|pad|> <start_of_text> <end_of_text>"
     inner = rows(tokenizer, hostile)[1:-1]
     assert not set(inner) & {tokenizer.mask_id, tokenizer.start_id, tokenizer.end_id}
-    assert (
-        "".join(tokenizer.decode(inner)) == hostile.replace(" ", "")[: len("".join(tokenizer.decode(inner)))]
-    )
+    assert "".join(tokenizer.decode(inner)) == hostile.replace(" ", "")[: len("".join(tokenizer.decode(inner)))]
 
 
 def test_long_captions_keep_their_end_token(tokenizer):
@@ -150,9 +146,7 @@ def test_small_spans_clean_to_their_tokens(vocabulary):
     for caption in CAPTIONS[:3]:
         tokens, spans = tokenizer.decode(rows(tokenizer, caption)), tokenizer.offsets(caption)
         assert len(tokens) == len(spans) > 15
-        assert all(
-            span is None or caption[slice(*span)].lower() == token for token, span in zip(tokens, spans)
-        )
+        assert all(span is None or caption[slice(*span)].lower() == token for token, span in zip(tokens, spans))
         assert "".join(tokens[1:-1]) == clean_caption(caption).replace(" ", "")
 
 

@@ -23,16 +23,16 @@ from toy_training import (
     write_pairs,
 )
 
-import fmfa.run_checkpoints
-from fmfa.clip import ClipRetriever, objectives
+import fmfa.training.checkpoints
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
-from fmfa.gradients import gradient_norms
-from fmfa.ivt import IvtRetriever
-from fmfa.model_files import read_checkpoint
-from fmfa.optimizer import build_optimizer, learning_rate, parameter_groups, rate_factor
+from fmfa.models.clip import ClipRetriever, objectives
+from fmfa.models.ivt import IvtRetriever
 from fmfa.records import read_metrics, read_record
-from fmfa.run_checkpoints import find_checkpoint, read_state, selected_checkpoint
 from fmfa.training import train
+from fmfa.training.checkpoints import find_checkpoint, read_state, selected_checkpoint
+from fmfa.training.gradients import gradient_norms
+from fmfa.training.optimizer import build_optimizer, learning_rate, parameter_groups, rate_factor
+from fmfa.weights.own import read_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -139,9 +139,7 @@ def test_resuming_after_a_crash_ends_with_the_same_bytes(calls, whole, tmp_path)
 
 
 @pytest.mark.parametrize("write", [1, 2, 4, 5, 8, 11])
-def test_a_crash_while_a_checkpoint_is_written_costs_only_the_steps_since(
-    write, whole, tmp_path, monkeypatch
-):
+def test_a_crash_while_a_checkpoint_is_written_costs_only_the_steps_since(write, whole, tmp_path, monkeypatch):
     """Crash in the middle of every write of the run, once before and once after the folder's renaming."""
     folder, count, real = tmp_path / "toy", 0, os.replace
 
@@ -158,7 +156,7 @@ def test_a_crash_while_a_checkpoint_is_written_costs_only_the_steps_since(
             real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fmfa.run_checkpoints.os, "replace", crash)
+        patch.setattr(fmfa.training.checkpoints.os, "replace", crash)
         with pytest.raises(Crash):
             toy_fit(folder, log_gradients_every=4)
     toy_fit(folder, log_gradients_every=4)
@@ -202,8 +200,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
     }
     command = [sys.executable, str(HERE / "toy_training.py"), "pairs", str(tmp_path / "two"), str(pictures)]
     ranks = [
-        subprocess.Popen(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared))
-        for rank in range(2)
+        subprocess.Popen(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)) for rank in range(2)
     ]
     start = ClipRetriever(TINY_CLIP, objectives("fmfa", irr_depth=1), identities=5, seed=1).state_dict()
     pairs_train(tmp_path / "one", pictures)
@@ -232,9 +229,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
 @pytest.mark.parametrize(
     ("run", "model_class", "crash_at"), [(pairs_train, ClipRetriever, 5), (pairs_train_ivt, IvtRetriever, 4)]
 )
-def test_both_systems_resume_bit_identically_on_real_pictures(
-    run, model_class, crash_at, tmp_path, monkeypatch
-):
+def test_both_systems_resume_bit_identically_on_real_pictures(run, model_class, crash_at, tmp_path, monkeypatch):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     changes = {"optimizer": "adam", "learning_rate": 1e-3, "checkpoint_every": 1, "epochs": 2}
@@ -357,10 +352,7 @@ def test_clipping_bounds_the_step_and_is_off_by_default(tmp_path):
     for name, clip_norm in (("off", 0.0), ("on", 1e-3)):
         model = toy_fit(tmp_path / name, clip_norm=clip_norm, **sgd)
         moved = (
-            sum(
-                float((a - b).detach().square().sum()) for a, b in zip(model.parameters(), start.parameters())
-            )
-            ** 0.5
+            sum(float((a - b).detach().square().sum()) for a, b in zip(model.parameters(), start.parameters())) ** 0.5
         )
         norm = read_metrics(tmp_path / name).set_index("metric")["value"]["gradient_norm"]
         assert moved == pytest.approx(1e-3 if clip_norm else norm, rel=1e-4)
@@ -408,9 +400,7 @@ def test_gradient_norms_by_loss_are_the_norms_of_their_gradients():
     norms = gradient_norms(output)
     assert norms["id/text_tokens"] == 0
     for loss in output.losses:
-        (gradient,) = torch.autograd.grad(
-            output.losses[loss], [output.features["image_tokens"]], retain_graph=True
-        )
+        (gradient,) = torch.autograd.grad(output.losses[loss], [output.features["image_tokens"]], retain_graph=True)
         assert norms[f"{loss}/image_tokens"] == pytest.approx(float(gradient.norm()), rel=1e-5)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmfa.errors import ConfigError
-from fmfa.wordpiece import WordPieceTokenizer, train_wordpiece_vocabulary, wordpiece_tokenizer
+from fmfa.text.wordpiece import WordPieceTokenizer, train_wordpiece_vocabulary, wordpiece_tokenizer
 
 TABLE = json.loads((Path(__file__).parent / "fixtures" / "ivt_tables.json").read_text())["tokenizer"]
 

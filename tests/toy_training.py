@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmfa.annotations import Dataset
-from fmfa.clip import ClipRetriever, objectives
-from fmfa.config import TrainConfig
-from fmfa.distributed import gather
-from fmfa.interfaces import ModelOutput
-from fmfa.ivt import IvtRetriever
-from fmfa.ivt_network import IvtConfig
-from fmfa.tokens import small_tokenizer
+from fmfa.data.annotations import Dataset
+from fmfa.models.clip import ClipRetriever, objectives
+from fmfa.models.distributed import gather
+from fmfa.models.interfaces import ModelOutput
+from fmfa.models.ivt import IvtRetriever
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.text.tokens import small_tokenizer
+from fmfa.text.wordpiece import train_wordpiece_vocabulary, wordpiece_tokenizer
 from fmfa.training import fit, train
-from fmfa.wordpiece import train_wordpiece_vocabulary, wordpiece_tokenizer
+from fmfa.training.config import TrainConfig
 
 ROWS, WIDTH = 24, 6
 

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from fmfa.annotations import Dataset
 from fmfa.check.content import check_captions, check_counts, check_identities
 from fmfa.check.pictures import check_pictures
 from fmfa.check.report import CheckReport, collect
+from fmfa.data.annotations import Dataset
 from fmfa.errors import ConfigError
 
 if TYPE_CHECKING:  # It brings torch, which the processes that decode pictures have no use for.
-    from fmfa.tokens import Tokenizer
+    from fmfa.text.tokens import Tokenizer
 
 __all__ = ["CheckReport", "check_dataset"]
 

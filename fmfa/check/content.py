@@ -8,7 +8,7 @@ import pandas as pd
 from fmfa.check.report import Finding, finding
 
 if TYPE_CHECKING:
-    from fmfa.tokens import Tokenizer
+    from fmfa.text.tokens import Tokenizer
 
 SPLITS = ("train", "val", "test")
 OLDER = "RSTPReid, older split"
@@ -32,9 +32,7 @@ Zhu et al., ACM MM 2021 (five images an identity, two captions an image); the ol
 """
 
 
-def check_captions(
-    table: pd.DataFrame, context_length: int, tokenizer: "Tokenizer | None"
-) -> Iterator[Finding]:
+def check_captions(table: pd.DataFrame, context_length: int, tokenizer: "Tokenizer | None") -> Iterator[Finding]:
     """Yield findings on captions: without a word, cut by the context, shared between identities."""
     empty = ~table["caption"].str.contains(r"\w")
     yield finding(

@@ -10,8 +10,8 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
 from fmfa.check.report import EXAMPLES, Finding, finding
+from fmfa.data.images import load_image, resolve_image
 from fmfa.errors import ImageError
-from fmfa.images import load_image, resolve_image
 
 _CHUNK = 64
 _WORTH_PROCESSES = 1000
@@ -111,9 +111,7 @@ def unreadable(images: Path, relative: list[str], workers: int | None, progress:
         workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
     chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
     faults = []
-    jobs = Parallel(n_jobs=workers, return_as="generator")(
-        delayed(_faults)(images, chunk) for chunk in chunks
-    )
+    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_faults)(images, chunk) for chunk in chunks)
     with tqdm(total=len(relative), desc="decoding pictures", unit="img", disable=not progress) as bar:
         try:
             for chunk, found in zip(chunks, jobs):

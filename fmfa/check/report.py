@@ -41,17 +41,13 @@ class CheckReport:
         if fatal := names("fatal"):
             return f"{self.dataset} cannot be used for training: {', '.join(fatal)}."
         if warnings := names("warning"):
-            return (
-                f"{self.dataset} can be used for training; look at the warnings first: {', '.join(warnings)}."
-            )
+            return f"{self.dataset} can be used for training; look at the warnings first: {', '.join(warnings)}."
         return f"{self.dataset} can be used for training: no check found a fault."
 
 
 def collect(dataset: str, findings: Iterable[Finding]) -> CheckReport:
     """Put findings into one table, the worst first, otherwise in the order in which they came."""
-    table = pd.DataFrame(findings, columns=["check", "severity", "count", "detail"]).astype(
-        {"count": "int64"}
-    )
+    table = pd.DataFrame(findings, columns=["check", "severity", "count", "detail"]).astype({"count": "int64"})
     rank = table["severity"].map(SEVERITIES.index)
     return CheckReport(dataset, table.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True))
 

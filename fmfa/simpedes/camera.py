@@ -144,9 +144,7 @@ def _add_occluder(canvas: Canvas, kind: str, place: np.ndarray) -> None:
 _OCTAGON = [(1, 0), (0.7, 0.7), (0, 1), (-0.7, 0.7), (-1, 0), (-0.7, -0.7), (0, -1), (0.7, -0.7)]
 
 
-def draw_background(
-    camera: Camera, view: View, size: tuple[int, int], rng: np.random.Generator
-) -> np.ndarray:
+def draw_background(camera: Camera, view: View, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Return wall, ground, clutter, now and then a passer-by, and the person's shadow: uint8 [H, W, 3]."""
     height, width = size
     draws = rng.random(64).tolist()
@@ -157,9 +155,7 @@ def draw_background(
     for k in range(2 + int(4 * draws[2])):  # doors, windows, posters
         u = draws[8 + 6 * k : 14 + 6 * k]
         x, w, top = width * (1.3 * u[0] - 0.15), width * (0.08 + 0.4 * u[1]), foot * 0.9 * u[2]
-        tint = tuple(
-            int(c * (0.55 + 0.8 * v)) for c, v in zip(camera.wall, (u[3], 0.5 * u[3] + 0.5 * u[4], u[3]))
-        )
+        tint = tuple(int(c * (0.55 + 0.8 * v)) for c, v in zip(camera.wall, (u[3], 0.5 * u[3] + 0.5 * u[4], u[3])))
         draw.rectangle((x, top, x + w, foot), fill=tint)
     draw.rectangle((0, foot, width, height), fill=tuple(c - shade for c in camera.ground))
     if draws[3] < 0.35:  # a kerb or a line on the ground
@@ -205,9 +201,7 @@ def degrade(image: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.n
     resolution = camera.resolution * (0.88 + 0.12 * u[0])
     if resolution < 0.97:
         small = (max(8, round(width * resolution)), max(24, round(height * resolution)))
-        picture = picture.resize(small, Image.Resampling.BOX).resize(
-            (width, height), Image.Resampling.BILINEAR
-        )
+        picture = picture.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR)
     picture = picture.filter(ImageFilter.GaussianBlur(camera.blur * (0.5 + u[1]) * height / 96))
     gain, gamma = camera.gain * (0.88 + 0.24 * u[2]), camera.gamma * (0.94 + 0.12 * u[3])
     table = [

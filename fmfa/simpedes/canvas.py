@@ -5,6 +5,7 @@ drawn once, into a canvas of palette indices; colours and part labels are then t
 canvas. That is what makes a change of colour leave all other pixels alone, and part maps exact.
 """
 
+import itertools
 from dataclasses import dataclass
 from math import cos, radians, sin, sqrt
 
@@ -19,9 +20,7 @@ SHADES = 3  # in shadow, lit, highlight
 _SHADE_GAIN = ((0.72, 0), (1.0, 0), (1.08, 10))
 _ROUND = [(cos(radians(a)), sin(radians(a))) for a in range(-90, 91, 30)]
 
-Profile = list[
-    tuple[float, float, float, float]
-]  # (u, half-width along l, half-depth along f, offset along f)
+Profile = list[tuple[float, float, float, float]]  # (u, half-width along l, half-depth along f, offset along f)
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,7 @@ class Canvas:
             left = [(x - h * (shrink - move * self.view.light), y) for x, y, h in reversed(levels)]
             self.polygon(right + left, material + shade, depth)
 
-    def patch(
-        self, profile: Profile, top: float, bottom: float, start: float, end: float, index: int, depth: float
-    ):
+    def patch(self, profile: Profile, top: float, bottom: float, start: float, end: float, index: int, depth: float):
         """Add the visible part of a surface patch of a solid.
 
         It spans heights `top` to `bottom` and angles `start` to `end` in degrees around the solid (0 is the front,
@@ -162,7 +159,7 @@ class Canvas:
 
 
 def _section(profile: Profile, up: float) -> tuple[float, float, float]:
-    for (u0, *a), (u1, *b) in zip(profile, profile[1:]):
+    for (u0, *a), (u1, *b) in itertools.pairwise(profile):
         if u1 <= up <= u0:
             t = (u0 - up) / (u0 - u1)
             return tuple(p + (q - p) * t for p, q in zip(a, b, strict=True))

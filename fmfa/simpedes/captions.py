@@ -11,7 +11,14 @@ import numpy as np
 from .camera import Rendering
 from .people import Person, pick
 from .words import (
-    COLOUR_WORDS, CONFUSED_COLOURS, CONFUSED_TYPES, HAIR_WORDS, RARE, TYPE_WORDS, VAGUE, article,
+    COLOUR_WORDS,
+    CONFUSED_COLOURS,
+    CONFUSED_TYPES,
+    HAIR_WORDS,
+    RARE,
+    TYPE_WORDS,
+    VAGUE,
+    article,
 )  # fmt: skip
 
 # Fraction of the crop (96 x 32 pixels) below which a part is not noticed.
@@ -135,11 +142,7 @@ class _Annotator:
     def _hair(self) -> Phrase | None:
         p, hat = self.p, self.p.headwear != "none"
         if p.hair_style == "bald":
-            return (
-                None
-                if hat
-                else Phrase(self._one_of("shaved head", "bald head"), "hair", {"hair_style": ("bald",)})
-            )
+            return None if hat else Phrase(self._one_of("shaved head", "bald head"), "hair", {"hair_style": ("bald",)})
         colour, values = self._word(HAIR_WORDS, p.hair_colour)
         told = {"hair_colour": values}
         style = p.hair_style
@@ -171,20 +174,13 @@ class _Annotator:
         if self._sees(part) and (not over or (self.front and self._chance(0.85))) and self._chance(main):
             joint = " over " if found and self._chance(0.5) else ""
             top = self._thing(part, "top", "top_colour", pattern=True)
-            if (
-                p.top_pattern == "logo"
-                and p.outer == "none"
-                and self.front
-                and p.held in ("none", "suitcase")
-            ):
+            if p.top_pattern == "logo" and p.outer == "none" and self.front and p.held in ("none", "suitcase"):
                 colour, values = self._word(COLOUR_WORDS, p.pattern_colour)
                 if self._chance(0.7) and colour not in VAGUE:
                     what = self._one_of("logo", "print", "graphic")
                     logo = {"pattern_colour": values, "top_pattern": ("logo",)}
                     where = self._one_of("", " on the front")
-                    top = replace(
-                        top, text=f"{top.text} with a {colour} {what}{where}", told={**top.told, **logo}
-                    )
+                    top = replace(top, text=f"{top.text} with a {colour} {what}{where}", told={**top.told, **logo})
             found.append((joint, top))
         if p.lower != "none" and self._sees("lower") and self._chance(main):
             found.append(("", self._thing("lower", "lower", "lower_colour")))
@@ -263,27 +259,18 @@ class _Annotator:
                 text.noun(phrase).say(where)
             text.stop()
         if hair:
-            possessive = (
-                self._chance(0.4) and hair.told.get("hair_style") != ("bald",) and "ponytail" not in hair.text
-            )
+            possessive = self._chance(0.4) and hair.told.get("hair_style") != ("bald",) and "ponytail" not in hair.text
             if possessive:
                 text.say(f"{self.possessive} hair is ").noun(self._predicate(hair), bare=True)
             else:
                 text.say(f"{self.pronoun} has ").noun(hair)
             text.stop()
-        if (
-            self.p.beard == "beard"
-            and self.front
-            and self._sees("hair")
-            and self._chance(0.5 * self.style.detail)
-        ):
+        if self.p.beard == "beard" and self.front and self._sees("hair") and self._chance(0.5 * self.style.detail):
             text.say(f"{self.pronoun} has ").noun(Phrase("beard", "hair", {"beard": ("beard",)})).stop()
         if (self._chance(self.style.extra) and text.words() <= 31) or text.words() < 12:
             self._remark(text)
         if text.words() < 12:
-            text.say(
-                self._one_of("nothing else about the picture stands out", "the rest is hard to make out")
-            ).stop()
+            text.say(self._one_of("nothing else about the picture stands out", "the rest is hard to make out")).stop()
         return text.caption()
 
     def _predicate(self, hair: Phrase) -> Phrase:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chance import random_ranking
+from ..evaluation.chance import random_ranking
 from .people import ATTRIBUTES
 from .truth import read_truth
 

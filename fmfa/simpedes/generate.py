@@ -61,15 +61,10 @@ class Recipe:
     def __post_init__(self):
         """Check the ranges; raises ConfigError."""
         if self.domain not in DOMAINS:
-            raise ConfigError(
-                f"SimPEDES has no domain {self.domain!r}; expected one of {', '.join(DOMAINS)}."
-            )
+            raise ConfigError(f"SimPEDES has no domain {self.domain!r}; expected one of {', '.join(DOMAINS)}.")
         if not 1 <= self.family <= 6:
             raise ConfigError(f"family is {self.family}; expected 1 to 6 identities a family.")
-        if (
-            min(self.images, self.captions, self.height, self.width) < 1
-            or min(self.train, self.val, self.test) < 0
-        ):
+        if min(self.images, self.captions, self.height, self.width) < 1 or min(self.train, self.val, self.test) < 0:
             raise ConfigError(f"Counts and sizes must be positive: {asdict(self)}.")
 
 
@@ -80,9 +75,7 @@ def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **change
     return Recipe(**{**dict(zip(SPLITS, SCALES[scale])), "domain": domain, "seed": seed, **changes})
 
 
-def pictures(
-    recipe: Recipe, split: str, first: int, count: int
-) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+def pictures(recipe: Recipe, split: str, first: int, count: int) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
     """Yield (truth record, image, part map) for identities `first` to `first + count` of a split.
 
     The record holds identity and file path as in `reid_raw.json`, the family, the attribute vector, camera, view,
@@ -91,9 +84,7 @@ def pictures(
     """
     domain, where = DOMAINS.index(recipe.domain), SPLITS.index(split)
     cameras, style, season = CAMERAS[recipe.domain], STYLES[recipe.domain], SEASONS[recipe.domain]
-    offset = (
-        sum((recipe.train, recipe.val)[:where]) + 1
-    )  # CUHK-PEDES numbers identities from 1, over all splits
+    offset = sum((recipe.train, recipe.val)[:where]) + 1  # CUHK-PEDES numbers identities from 1, over all splits
     stream = [recipe.seed, domain, where]
     for index, family, person in population(stream, count, recipe.family, season, first):
         order = np.random.default_rng([*stream, 2, index]).permutation(len(cameras))
@@ -101,9 +92,7 @@ def pictures(
             camera = cameras[order[k % len(cameras)]]
             seed = [*stream, 3, index, k]
             picture = render(person, camera, seed, (recipe.height, recipe.width))
-            captions = [
-                describe(person, picture, style, [*stream, 4, index, k, a]) for a in range(recipe.captions)
-            ]
+            captions = [describe(person, picture, style, [*stream, 4, index, k, a]) for a in range(recipe.captions)]
             record = {
                 "id": index + offset,
                 "file_path": f"{split}/{index // _SHARD:04d}/{index + offset:06d}_{camera.name}_{k}.png",
@@ -153,9 +142,7 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
     ]
     jobs = [(root, recipe, *shard) for shard in shards]
     total = sum(count for _, _, count in shards) * recipe.images
-    with tqdm(
-        total=total, desc=f"SimPEDES {recipe.domain}", unit="img", disable=None if progress else True
-    ) as bar:
+    with tqdm(total=total, desc=f"SimPEDES {recipe.domain}", unit="img", disable=None if progress else True) as bar:
         workers = min(workers or os.cpu_count() or 1, len(jobs))
         if workers > 1:
             with ProcessPoolExecutor(workers) as pool:
@@ -166,9 +153,7 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
                 bar.update(_write_shard(job))
     _write_annotations(root, shards)
     ceilings = {s: ceiling(root, s) for s in ("val", "test") if getattr(recipe, s)}
-    counts = {
-        s: dict(identities=getattr(recipe, s), images=getattr(recipe, s) * recipe.images) for s in SPLITS
-    }
+    counts = {s: {"identities": getattr(recipe, s), "images": getattr(recipe, s) * recipe.images} for s in SPLITS}
     write_json(
         root / "dataset.json",
         {

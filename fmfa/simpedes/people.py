@@ -160,11 +160,7 @@ def options(name: str, person: dict[str, str], season: str) -> dict[str, float]:
         case "pattern_colour":
             if person["top_pattern"] == "plain":
                 return _NONE
-            return (
-                {"white": 4, "yellow": 1}
-                if person["top_colour"] in _DARK
-                else {"black": 2, "navy": 1, "red": 1}
-            )
+            return {"white": 4, "yellow": 1} if person["top_colour"] in _DARK else {"black": 2, "navy": 1, "red": 1}
         case "outer" if person["top"] == "dress":
             return {"none": 7, "jacket": 1.5, "coat": 1.5 if cold else 0.3}
         case "outer" if cold:
@@ -199,9 +195,7 @@ def options(name: str, person: dict[str, str], season: str) -> dict[str, float]:
             return _GARMENT
         case "held_colour" if person["held"] != "none":
             return _HELD_COLOURS[person["held"]]
-        case "outer_colour" | "bag_colour" | "headwear_colour" if (
-            person[name.removesuffix("_colour")] != "none"
-        ):
+        case "outer_colour" | "bag_colour" | "headwear_colour" if person[name.removesuffix("_colour")] != "none":
             return {"outer_colour": _GARMENT, "bag_colour": _BAG, "headwear_colour": _ACCESSORY}[name]
         case "outer_colour" | "bag_colour" | "headwear_colour" | "held_colour" | "held_side":
             return _NONE
@@ -229,9 +223,7 @@ def draw_person(rng: np.random.Generator, season: str = "warm") -> Person:
     return Person(**values)
 
 
-def change(
-    person: Person, name: str, rng: np.random.Generator, season: str = "warm", value: str = ""
-) -> Person:
+def change(person: Person, name: str, rng: np.random.Generator, season: str = "warm", value: str = "") -> Person:
     """Return `person` with another value of one attribute, drawn or given.
 
     Attributes that hang on it (a bag's colour on the bag) are redrawn only where their old value no longer fits.

@@ -22,8 +22,9 @@ _STUDIO = Camera("studio-0", ((0, 6), (40, 1), (-40, 1), (180, 1)), 2, 1.1, 0.15
 _SNAP = Camera("snap-0", _ALL_ROUND, 5, 1.0, 0.4, 4, 1.05, 1.0, (1.02, 1.0, 0.98), (150, 160, 170), (130, 128, 110),
                0.45, 0.05)  # fmt: skip
 _KINDS = {"product": 1.5, "studio": 2.5, "snap": 6}
+# part -> (height of its middle in metres, pixels a metre)
 _PRODUCTS = {"top": (1.2, 62), "outer": (1.12, 58), "dress": (1.0, 58), "lower": (0.55, 62), "shoes": (0.1, 95),
-             "bag": (1.1, 80), "headwear": (1.72, 150)}  # part -> (height of its middle in metres, pixels a metre)  # fmt: skip
+             "bag": (1.1, 80), "headwear": (1.72, 150)}  # fmt: skip
 
 
 def web_pair(seed: int, index: int, size: tuple[int, int] = BASE_SIZE) -> tuple[np.ndarray, str]:
@@ -49,9 +50,7 @@ def _present(person: Person, part: str) -> bool:
     return person.top != "dress" if part == "top" else getattr(person, part) != "none"
 
 
-def _photograph(
-    person: Person, kind: str, part: str, size, rng: np.random.Generator
-) -> tuple[np.ndarray, bool]:
+def _photograph(person: Person, kind: str, part: str, size, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
     light = rng.random(6).tolist()
     if kind == "snap":  # everywhere is another place
         wall, ground = ((int(60 + 170 * v) for v in rng.random(3)) for _ in range(2))
@@ -65,11 +64,7 @@ def _photograph(
     if kind == "product":
         person = _laid_out(person, part)
         middle, scale = _PRODUCTS[part]
-        yaw = (
-            180.0 + 30 * (light[0] - 0.5)
-            if part == "bag" and person.bag == "backpack"
-            else 50 * (light[0] - 0.5)
-        )
+        yaw = 180.0 + 30 * (light[0] - 0.5) if part == "bag" and person.bag == "backpack" else 50 * (light[0] - 0.5)
         rows_above_ground = 0.455 * 96 / scale
         view = replace(view, yaw=yaw, pitch=0.0, scale=scale, shift_x=0.0, shift_u=rows_above_ground - middle)
     canvas = draw_figure(person, view, size)
@@ -143,9 +138,7 @@ def _alt_text(person: Person, back: bool, rng: np.random.Generator) -> str:
     listed = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
     hair = ""
     if person.hair_style != "bald" and rng.random() < 0.25:
-        length = {"long": "long ", "short": "short ", "shoulder": "shoulder-length "}.get(
-            person.hair_style, ""
-        )
+        length = {"long": "long ", "short": "short ", "shoulder": "shoulder-length "}.get(person.hair_style, "")
         hair = f"{length}{_choose(rng, HAIR_WORDS, person.hair_colour)} hair"
     if hair and rng.random() < 0.4:
         return f"{who} with {hair}"

@@ -1,0 +1,1 @@
+"""Data sets as tables, and their pictures and captions as batches."""

@@ -1,0 +1,117 @@
+"""Reading one picture from disk: whole, in RGB, or not at all."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fmfa.errors import ImageError
+
+MAX_PIXELS = 50_000_000
+"""Largest accepted width x height; a pedestrian crop has about 0.05 megapixels, a phone photo 12 to 50."""
+
+# Named one by one: Pillow would otherwise also try formats that start other programs (EPS).
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_OUTSIDE = r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)"
+_NAMELESS = r"^[./\\]*$|\x00"
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+
+UNSAFE_PATH = f"{_OUTSIDE}|{_NAMELESS}"
+"""Regular expression that finds paths which cannot lie in the image folder, for use on whole columns."""
+
+
+def unsafe_path(relative: str) -> str | None:
+    """Say why a path string cannot name a file inside the image folder, or None when it can.
+
+    Only the string is looked at; links are followed by `resolve_image`.
+    """
+    if re.search(_NAMELESS, relative):
+        return "names no file"
+    if re.search(_OUTSIDE, relative):
+        return "leaves the image folder"
+    return None
+
+
+def resolve_image(images: str | Path, relative: str) -> Path:
+    """Join a path of the annotations to the image folder, following links.
+
+    The image folder itself may be a link; what lies inside has to stay inside.
+
+    Raises:
+        ImageError: the path is absolute, contains `..`, names no file, or a link leads out of `images`.
+    """
+    if reason := unsafe_path(relative):
+        raise ImageError(f"image path {relative!r} {reason}; expected a path relative to {images}, without '..'")
+    inside = os.path.realpath(images)
+    target = Path(os.path.realpath(os.path.join(inside, relative)))
+    if not target.is_relative_to(inside):
+        raise ImageError(
+            f"image path {relative!r} leads by a link to {target}, outside the image folder {inside}; "
+            "copy the pictures into the folder, or make the image folder itself the link"
+        )
+    return target
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read one picture completely and return it as 8-bit RGB, upright.
+
+    The size is read from the header first, so an oversized picture is refused without decoding it. The
+    EXIF orientation is applied; transparency is laid over white; palettes, grey and CMYK are converted;
+    16-bit grey is reduced to 8 bit by its high byte; of an animation the first frame is taken.
+
+    Raises:
+        ImageError: the file is missing, empty, not a picture of a supported format, larger than `MAX_PIXELS`,
+            cut short, or in a mode without a meaning as a photograph (32-bit integer or float). The message
+            names the file.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    f"{path}: the header says {width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} "
+                    "that are accepted; shrink the picture"
+                )
+            image.load()
+            if image.format in ("JPEG", "MPO"):
+                _refuse_open_end(file, path)
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file; check the image folder and the path in the annotations") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path}: too large to decode ({error}); {MAX_PIXELS:,} pixels are accepted") from None
+    except Exception as error:  # Decoders fail on damaged files with nearly any exception type.
+        raise ImageError(f"{path}: {_reason(path, error)}; replace the file") from error
+
+
+def _refuse_open_end(file, path) -> None:
+    """A half-written JPEG padded with zeros decodes without complaint: ask for the end marker."""
+    file.seek(0)
+    data = file.read()
+    if data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
+        raise ImageError(f"{path}: cut short (a JPEG without its end marker); replace the file")
+
+
+def _to_rgb(image: Image.Image, path) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{path}: 32-bit {image.mode!r} pixels have no fixed range; save it as 8-bit RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(path, error: Exception) -> str:
+    if os.path.isdir(path):
+        return "is a folder, not a picture"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "the file is empty (0 bytes)"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not a picture in a supported format ({', '.join(_FORMATS)}), or its header is damaged"
+    return f"cannot be decoded ({type(error).__name__}: {error})"

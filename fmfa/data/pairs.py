@@ -1,0 +1,222 @@
+"""Training pairs: a caption and its picture, augmented and masked, as batches of tensors.
+
+Everything random about a sample derives from (seed, epoch, row), so that batches do not depend on the
+number of worker processes and training can resume anywhere.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import horizontal_flip
+
+from fmfa.data.images import resolve_image
+from fmfa.data.masking import mask_tokens
+from fmfa.data.sampling import EpochBatches
+from fmfa.data.transforms import ImageTransform
+from fmfa.errors import ConfigError
+from fmfa.text.tokens import Tokenizer
+
+CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory unless told otherwise
+
+Flip = Literal["mirror", "swap", "off"]
+Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
+
+
+class PairDataset(Dataset):
+    """The training pairs of a table, one sample a row.
+
+    A sample is a dict of tensors with a leading axis of S texts: S = 1, or 3 with `levels`. `collate`
+    joins samples into a batch.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        images: str | Path,
+        tokenizer: Tokenizer,
+        transform: ImageTransform,
+        *,
+        seed: int,
+        flip: Flip = "mirror",
+        mask_probability: float = 0.15,
+        levels: Levels | None = None,
+        cache: bool | None = None,
+    ) -> None:
+        """Pairs of `table`, whose columns `image`, `caption` and `label` are read.
+
+        Args:
+            table: one row a caption, as `Dataset.split` gives it.
+            images: folder that the column `image` is relative to.
+            tokenizer: of the captions.
+            transform: of the pictures.
+            seed: of every draw.
+            flip: "mirror" mirrors half of the pictures; "swap" also exchanges the words left and right
+                in the captions of those; "off" mirrors none.
+            mask_probability: share of tokens chosen by `mask_tokens`; 0 leaves masking out.
+            levels: multi-level alignment's hook: (caption, row of the table, generator) -> texts, the
+                first three of which are the word, phrase and sentence level. Each is paired with an
+                augmentation of its own.
+            cache: keep the resized pictures in memory; None does so up to 1 GiB.
+
+        Raises:
+            ConfigError: unknown `flip`, or a mask probability outside [0, 1].
+            ImageError: an unreadable picture, here with a cache, on access without.
+        """
+        if flip not in ("mirror", "swap", "off"):
+            raise ConfigError(f"flip {flip!r}: use 'mirror', 'swap' or 'off'")
+        if not 0 <= mask_probability <= 1:
+            raise ConfigError(f"mask_probability {mask_probability}: expected a share from 0 to 1")
+        self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
+        self.flip, self.mask_probability, self.levels = flip, mask_probability, levels
+        self._captions = table["caption"].tolist()
+        self._labels = torch.from_numpy(table["label"].to_numpy(np.int64, copy=True))
+        self._records = table.to_dict("records") if levels else None
+        self._picture_of_row, names = pd.factorize(table["image"])
+        self._paths = [resolve_image(images, name) for name in names]
+        self._pictures = self._read_all() if self._wants_cache(cache) else None
+        self._known = {} if levels else self._numbered_texts()
+        self._known_ids = tokenizer(list(self._known))
+        # Shared memory, so that worker processes that live on see the next epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._captions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentations and masks of this epoch from the next sample on."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor | list[Tensor]]:
+        """The sample of a row; the same for the same (seed, epoch, row), whatever was drawn before."""
+        source = np.random.SeedSequence([self.seed, int(self._epoch), row])
+        pixel_seed, choice_seed, text_seed = (int(word) for word in source.generate_state(3, np.uint64))
+        choices = torch.Generator().manual_seed(choice_seed)
+        texts = self._texts(row, text_seed)
+        flipped = [False] * len(texts)
+        if self.flip != "off":
+            flipped = (torch.rand(len(texts), generator=choices) < 0.5).tolist()
+        if self.flip == "swap":
+            texts = [swap_sides(text) if mirrored else text for text, mirrored in zip(texts, flipped)]
+        ids = [self._encode(text) for text in texts]
+        sample = {"images": self._augment(self._picture(row), flipped, pixel_seed), "caption_ids": ids}
+        if self.mask_probability:
+            masked = [mask_tokens(text, self.tokenizer, choices, self.mask_probability) for text in ids]
+            sample["masked_ids"], sample["masked_labels"] = map(list, zip(*masked))
+        sample["labels"] = self._labels[row].expand(len(texts))
+        sample["rows"] = torch.tensor(row).expand(len(texts))
+        return sample
+
+    def collate(self, samples: Sequence[dict[str, Tensor | list[Tensor]]]) -> dict[str, Tensor]:
+        """Join samples to a batch.
+
+        Returns:
+            `images` float32 [SB, 3, H, W]; `caption_ids` and, with masking, `masked_ids`,
+            `masked_labels` int64 [SB, L]; `labels`, `rows` int64 [SB]; and `attention_mask` int64
+            [SB, L] where the tokenizer pads to the longest caption. The first B rows hold every
+            sample's first text (word level), the next B the second, and so on.
+        """
+        batch = {}
+        for key in samples[0]:
+            by_text = [value for values in zip(*(sample[key] for sample in samples)) for value in values]
+            if key.endswith("_ids") or key == "masked_labels":
+                fill = 0 if key == "masked_labels" else self.tokenizer.pad_id
+                batch[key] = pad_sequence(by_text, batch_first=True, padding_value=fill)
+            else:
+                batch[key] = torch.stack(by_text)
+        if hasattr(self.tokenizer, "attention_mask"):
+            mask = self.tokenizer.attention_mask(batch["caption_ids"])
+            longest = int(mask.sum(1).max())
+            for key in batch.keys() & {"caption_ids", "masked_ids", "masked_labels"}:
+                batch[key] = batch[key][:, :longest]
+            batch["attention_mask"] = mask[:, :longest]
+        return batch
+
+    def _texts(self, row: int, seed: int) -> list[str]:
+        caption = self._captions[row]
+        if self.levels is None:
+            return [caption]
+        return list(self.levels(caption, self._records[row], np.random.default_rng(seed)))[:3]
+
+    def _encode(self, text: str) -> Tensor:
+        number = self._known.get(text)
+        return self.tokenizer([text])[0] if number is None else self._known_ids[number]
+
+    def _numbered_texts(self) -> dict[str, int]:
+        texts = set(self._captions)
+        if self.flip == "swap":
+            texts |= {swap_sides(caption) for caption in texts}
+        return {text: number for number, text in enumerate(sorted(texts))}
+
+    def _picture(self, row: int) -> Tensor:
+        picture = self._picture_of_row[row]
+        if self._pictures is not None:
+            return self._pictures[picture]
+        return self.transform.read(self._paths[picture])
+
+    def _augment(self, picture: Tensor, flipped: Iterable[bool], seed: int) -> Tensor:
+        # torchvision's transforms draw from torch's default generator: lend it to this sample.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            finish = self.transform.finish
+            return torch.stack([finish(horizontal_flip(picture) if f else picture) for f in flipped])
+
+    def _wants_cache(self, cache: bool | None) -> bool:
+        height, width = self.transform.size
+        return 3 * height * width * len(self._paths) <= CACHE_LIMIT if cache is None else cache
+
+    def _read_all(self) -> Tensor:
+        pictures = torch.empty((len(self._paths), 3, *self.transform.size), dtype=torch.uint8)
+
+        def read(position: int) -> None:
+            pictures[position] = self.transform.read(self._paths[position])
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(read, range(len(self._paths))):
+                pass
+        return pictures
+
+
+def make_loader(
+    dataset: PairDataset, batches: EpochBatches, *, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of the dataset's batches that draws nothing from torch's default generator.
+
+    The batches are the same for any number of worker processes, which live on between epochs. Call
+    `start_epoch` before each pass.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
+def start_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
+    """Make the next pass over a loader of `make_loader` that of `epoch`, from `first_batch` on."""
+    loader.dataset.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def swap_sides(caption: str) -> str:
+    """Exchange the words "left" and "right" (any case, kept), as a mirrored picture calls for."""
+    return re.sub(r"\b(left|right)\b", _other_side, caption, flags=re.IGNORECASE)
+
+
+def _other_side(match: re.Match) -> str:
+    word = match.group()
+    other = "right" if word.lower() == "left" else "left"
+    return other.upper() if word.isupper() else other.title() if word.istitle() else other

@@ -1,0 +1,230 @@
+"""Retrieval quality of a model on a split, in both directions, and searches by a sentence."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmfa.data.images import resolve_image
+from fmfa.data.transforms import ImageTransform
+from fmfa.errors import AnnotationError, ConfigError, ImageError
+from fmfa.evaluation.chance import chance_metrics
+from fmfa.evaluation.encoding import BATCH_SIZE, encode_captions, encode_images
+from fmfa.evaluation.metrics import RankMetrics, feature_metrics
+from fmfa.evaluation.statistics import Interval, bootstrap_interval
+from fmfa.text.tokens import Tokenizer
+
+TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text to image", "image to text"
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Features of a split and everything that follows from them.
+
+    Every caption is a query against every different image once, and every image a query against every
+    caption; a hit is the same identity. Features are compared by their cosine.
+
+    Attributes:
+        rows: the split's table, one row a caption, index 0..Q-1.
+        gallery: table of the G different images in order of appearance: `image`, `identity`.
+        text_features: float32 [Q, D], not normalised.
+        image_features: float32 [G, D], not normalised.
+        seed: of the bootstrap.
+    """
+
+    rows: pd.DataFrame
+    gallery: pd.DataFrame
+    text_features: Tensor
+    image_features: Tensor
+    seed: int = 0
+
+    @cached_property
+    def metrics(self) -> dict[str, RankMetrics]:
+        """Metrics by direction, "text to image" and "image to text"."""
+        text, image = self._identities
+        return {
+            TEXT_TO_IMAGE: feature_metrics(self.text_features, self.image_features, text, image),
+            IMAGE_TO_TEXT: feature_metrics(self.image_features, self.text_features, image, text),
+        }
+
+    @cached_property
+    def chance(self) -> dict[str, dict[str, float]]:
+        """Expected metrics (fractions) of a random ranking, by direction and metric."""
+        text, image = self._identities
+        return {TEXT_TO_IMAGE: chance_metrics(text, image), IMAGE_TO_TEXT: chance_metrics(image, text)}
+
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """Means with 95 % intervals over identities (fractions), by direction and metric."""
+        generator = np.random.default_rng(self.seed)
+        return {
+            direction: {
+                name: bootstrap_interval(values, metrics.identity, generator)
+                for name, values in metrics.per_query().items()
+            }
+            for direction, metrics in self.metrics.items()
+        }
+
+    def table(self) -> pd.DataFrame:
+        """All metrics in percent, a row each, with their interval, chance level and numbers of items.
+
+        Columns: direction, metric, value, low, high, chance, queries, gallery.
+        """
+        return pd.DataFrame(
+            {
+                "direction": direction,
+                "metric": name,
+                "value": 100 * interval.estimate,
+                "low": 100 * interval.low,
+                "high": 100 * interval.high,
+                "chance": 100 * self.chance[direction][name],
+                "queries": len(metrics.relevant) - metrics.unanswerable,
+                "gallery": metrics.gallery_size,
+            }
+            for direction, metrics in self.metrics.items()
+            for name, interval in self.intervals[direction].items()
+        )
+
+    def per_query(self, direction: str = TEXT_TO_IMAGE) -> pd.DataFrame:
+        """The split's table (or the gallery's) with each query's `first_rank` and metrics as columns."""
+        metrics = self.metrics[direction]
+        queries = self.rows if direction == TEXT_TO_IMAGE else self.gallery
+        return queries.assign(first_rank=metrics.first_rank, **metrics.per_query())
+
+    def top_matches(self, query: int, k: int = 10) -> pd.DataFrame:
+        """The k best images for a caption, best first: `image`, `identity`, `similarity`, `hit`.
+
+        Args:
+            query: row position of the caption.
+            k: number of images, or fewer if the gallery is smaller.
+        """
+        similarity = _cosine(self.text_features[query], self.image_features)
+        best = top_matches(similarity, k).numpy()
+        found = self.gallery.iloc[best].assign(similarity=similarity[best].numpy())
+        return found.assign(hit=found["identity"] == self.rows["identity"].iloc[query])
+
+    def ivt_metrics(self, gallery_step: int = 2) -> RankMetrics:
+        """Text to image under the released IVT code's protocol.
+
+        The gallery has a row for each caption (an image once for each of its captions), of which every
+        `gallery_step`-th is kept: 2 on CUHK-PEDES and RSTPReid, 1 on ICFG-PEDES. AP is trapezoidal.
+        """
+        text, _ = self._identities
+        position = self.gallery["image"].pipe(pd.Index).get_indexer(self.rows["image"])
+        gallery = self.image_features[torch.from_numpy(position)]
+        return feature_metrics(self.text_features, gallery, text, text, protocol="ivt", gallery_step=gallery_step)
+
+    @property
+    def _identities(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows["identity"].to_numpy(), self.gallery["identity"].to_numpy()
+
+
+def evaluate(
+    model: nn.Module,
+    rows: pd.DataFrame,
+    images: str | Path,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    *,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Encode a split with a model; metrics and intervals are computed when they are first asked for.
+
+    Args:
+        model: any model of the interface (`encode_image`, `encode_text`), on any device.
+        rows: one row a caption, as `Dataset.split` gives it; `image`, `identity` and `caption` are used.
+        images: folder that the column `image` is relative to.
+        tokenizer: the model's.
+        transform: the model's evaluation transform, which fixes the picture size.
+        batch_size: pictures or captions at a time.
+        seed: of the bootstrap.
+        progress: show progress bars.
+
+    Raises:
+        AnnotationError: no rows, or an image that belongs to two identities.
+        ImageError: a picture cannot be read.
+    """
+    gallery = gallery_of(rows)
+    paths = [resolve_image(images, name) for name in gallery["image"]]
+    options = {"batch_size": batch_size, "progress": progress}
+    return Evaluation(
+        rows=rows.reset_index(drop=True),
+        gallery=gallery,
+        text_features=encode_captions(model, rows["caption"].tolist(), tokenizer, **options),
+        image_features=encode_images(model, paths, transform, **options),
+        seed=seed,
+    )
+
+
+def gallery_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The different images of a split in order of appearance, with their identities; index 0..G-1.
+
+    Raises:
+        AnnotationError: no rows, or an image that belongs to two identities.
+    """
+    if rows.empty:
+        raise AnnotationError("the split has no captions: there is nothing to evaluate")
+    pairs = rows[["image", "identity"]].drop_duplicates()
+    if (twice := pairs["image"].duplicated()).any():
+        name = pairs["image"][twice].iloc[0]
+        found = sorted(pairs["identity"][pairs["image"] == name])
+        raise AnnotationError(f"image {name!r} belongs to the identities {found}; expected one")
+    return pairs.reset_index(drop=True)
+
+
+def top_matches(similarity: Tensor, k: int = 10) -> Tensor:
+    """Positions of the k highest of `similarity` [G], best first, int64; the first of equals comes first."""
+    return similarity.argsort(descending=True, stable=True)[:k]
+
+
+def search_folder(
+    model: nn.Module,
+    sentence: str,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    *,
+    k: int = 10,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The k pictures of a folder (and its subfolders) that fit a sentence best, best first.
+
+    Returns:
+        Table with `image` (posix path relative to `folder`) and `similarity` (cosine).
+
+    Raises:
+        ConfigError: an empty sentence.
+        ImageError: no such folder, no pictures in it, or a picture that cannot be read.
+    """
+    folder = Path(folder)
+    if not sentence.strip():
+        raise ConfigError("the sentence to search for is empty; describe a person")
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder; give the folder of the pictures to search")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    )
+    if not names:
+        raise ImageError(f"{folder} holds no pictures; expected files ending in {', '.join(PICTURES)}")
+    paths = [resolve_image(folder, name) for name in names]
+    pictures = encode_images(model, paths, transform, batch_size=batch_size, progress=progress)
+    query = encode_captions(model, [sentence], tokenizer, progress=False)[0]
+    similarity = _cosine(query, pictures)
+    best = top_matches(similarity, k).numpy()
+    return pd.DataFrame({"image": np.array(names)[best], "similarity": similarity.numpy()[best]})
+
+
+def _cosine(query: Tensor, gallery: Tensor) -> Tensor:
+    scores = F.normalize(gallery.double(), dim=1) @ F.normalize(query.double(), dim=0)
+    return scores.float()  # rounded as in `feature_metrics`, so that ranks agree

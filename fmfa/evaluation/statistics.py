@@ -1,0 +1,216 @@
+"""Uncertainty of per-query metrics: intervals and paired tests in which the identity is the unit.
+
+Queries of one person succeed and fail together, so neither intervals nor tests may treat them as
+independent: identities are what is resampled, and what is permuted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+# SciPy resamples in batches of this many numbers, so that 5,000 identities do not fill the memory.
+BATCH_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over queries with its confidence interval, in the unit of the values.
+
+    Both ends are NaN where there is only one identity: one says nothing about others.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired comparison of two systems on the same queries, `first` minus `second`.
+
+    Attributes:
+        difference: mean over queries, with its interval.
+        p_value: two-sided, of the permutation test over identities.
+        effect_size: Cohen's d of paired data over identities: mean of the identities' mean differences in
+            units of their standard deviation; 0 if all are 0, infinite if all are equal and not 0.
+        identities: number of identities that were compared.
+        queries: number of queries that were compared.
+    """
+
+    difference: Interval
+    p_value: float
+    effect_size: float
+    identities: int
+    queries: int
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    identity: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean over queries with the percentile bootstrap interval over identities (cluster bootstrap).
+
+    Identities are drawn with replacement, each with all of its queries; SciPy does the resampling.
+
+    Args:
+        values: float [Q], one a query; NaN (a query without an answer) is left out.
+        identity: integers [Q].
+        generator: source of the resampling.
+        resamples: bootstrap samples.
+        level: confidence level.
+
+    Raises:
+        ValueError: lengths differ, or no value is left.
+    """
+    sums, counts = _by_identity(np.asarray(values, dtype=np.float64)[None], identity)
+    estimate = sums.sum() / counts.sum()
+    means = _resampled_means(sums[0], counts, generator, resamples)
+    return Interval(float(estimate), *_quantiles(means, level))
+
+
+def hierarchical_interval(
+    values: np.ndarray,
+    identity: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean over seeds and queries with an interval over both training seeds and identities.
+
+    Identities are resampled as in `bootstrap_interval`, for the mean over seeds. Seeds are not resampled:
+    with the three to five that a study can afford, their bootstrap gives intervals that are much too short.
+    The seeds' part of the error is drawn instead from Student's t with S - 1 degrees of freedom, scaled by
+    the standard error of the seeds' means, and added. With one seed the interval is that of
+    `bootstrap_interval` and says nothing about other seeds. For the difference of two systems that were
+    trained with the same seeds, pass the difference of their values.
+
+    Args:
+        values: float [S, Q], the same queries in every row; a query with NaN in any row is left out.
+        identity: integers [Q].
+        generator: source of the resampling.
+        resamples: bootstrap samples.
+        level: confidence level.
+
+    Raises:
+        ValueError: shapes do not fit, or no value is left.
+    """
+    sums, counts = _by_identity(np.asarray(values, dtype=np.float64), identity)
+    seed_means = sums.sum(axis=1) / counts.sum()
+    means = _resampled_means(sums.mean(axis=0), counts, generator, resamples)
+    seeds = len(seed_means)
+    if seeds > 1:
+        means = means + stats.sem(seed_means) * generator.standard_t(seeds - 1, size=resamples)
+    return Interval(float(seed_means.mean()), *_quantiles(means, level))
+
+
+def paired_comparison(
+    first: np.ndarray,
+    second: np.ndarray,
+    identity: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    resamples: int = 9999,
+    level: float = 0.95,
+) -> Comparison:
+    """Compare two systems on the same queries by a permutation test over identities.
+
+    Under the null hypothesis it does not matter which system gave which result of an identity: the sign of
+    each identity's summed difference is flipped at random (SciPy's `permutation_test`, exact for few
+    identities). With values of several seeds, [S, Q], each system is averaged over its seeds first: then
+    the test speaks of these trained networks, `hierarchical_interval` of further seeds.
+
+    Args:
+        first: float [Q] or [S, Q], one system's values; a query with NaN on either side is left out.
+        second: float [Q] or [S', Q], the other's, in the same order of queries.
+        identity: integers [Q].
+        generator: source of permutations and of the bootstrap of the difference.
+        resamples: permutations, and bootstrap samples.
+        level: confidence level of the difference's interval.
+
+    Raises:
+        ValueError: shapes do not fit, or no value is left.
+    """
+    first, second = (np.atleast_2d(np.asarray(side, dtype=np.float64)).mean(axis=0) for side in (first, second))
+    if first.shape != second.shape:
+        raise ValueError(f"The systems answered {len(first)} and {len(second)} queries, not the same ones.")
+    sums, counts = _by_identity((first - second)[None], identity)
+    test = stats.permutation_test(
+        (sums[0],),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_batch(2 * len(counts)),
+        rng=generator,
+    )
+    means = _resampled_means(sums[0], counts, generator, resamples)
+    return Comparison(
+        difference=Interval(float(sums.sum() / counts.sum()), *_quantiles(means, level)),
+        p_value=float(test.pvalue),
+        effect_size=_effect_size(sums[0] / counts),
+        identities=len(counts),
+        queries=int(counts.sum()),
+    )
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p values of one family of comparisons, adjusted by Holm's step-down method (statsmodels)."""
+    return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)
+
+
+def _by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [S, K] of the values [S, Q] and numbers of queries [K] for each identity that has any value."""
+    identity = np.asarray(identity)
+    if values.ndim != 2 or values.shape[1:] != identity.shape:
+        found = f"values of shape {values.shape} and identities of shape {identity.shape}"
+        raise ValueError(f"Found {found}, expected one identity a query.")
+    kept = ~np.isnan(values).any(axis=0)
+    if not kept.any():
+        raise ValueError("No query has a value: there is nothing to average.")
+    _, position = np.unique(identity[kept], return_inverse=True)
+    sums = np.stack([np.bincount(position, weights=row) for row in values[:, kept]])
+    return sums, np.bincount(position).astype(np.float64)
+
+
+def _resampled_means(
+    sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator, resamples: int
+) -> np.ndarray:
+    """Means over queries [resamples] of bootstrap samples of identities, by SciPy."""
+    if len(sums) == 1:
+        return np.full(resamples, np.nan)
+    result = stats.bootstrap(
+        (sums, counts),
+        lambda total, count, axis: total.sum(axis=axis) / count.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_batch(len(sums)),
+        method="percentile",
+        rng=generator,
+    )
+    return result.bootstrap_distribution
+
+
+def _batch(size: int) -> int:
+    return max(1, BATCH_ELEMENTS // size)
+
+
+def _quantiles(means: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _effect_size(differences: np.ndarray) -> float:
+    mean = differences.mean()
+    spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
+    if spread > 0:
+        return float(mean / spread)
+    return 0.0 if mean == 0 else float(np.copysign(np.inf, mean))

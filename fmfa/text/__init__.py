@@ -1,0 +1,1 @@
+"""Tokenizers that know their characters, and the cutting of captions."""

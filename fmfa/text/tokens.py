@@ -1,0 +1,225 @@
+"""Byte-pair tokenizers, CLIP's and a small one, that know which characters each token was read from."""
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import regex
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+from torch import Tensor
+
+from fmfa.errors import ConfigError
+from fmfa.text.cleaning import Span, clean_caption, cleaned_with_origin
+
+CLIP_CONTEXT = 77
+SMALL_CONTEXT = 64
+SMALL_VOCABULARY = Path(__file__).parents[2] / "data" / "vocabulary.json"
+PAD, MASK, START, END = "<|pad|>", "<|mask|>", "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"  # CLIP's mark on the last piece of a word
+
+# How CLIP cuts a cleaned caption into words before it merges bytes.
+_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE | regex.VERSION0)
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline, the models and the analyses ask of a tokenizer.
+
+    Attributes:
+        context_length: most positions of an encoded row, start and end included.
+        vocab_size: number of ids.
+        start_id, end_id, mask_id, pad_id: the special ids. Ids in [1, mask_id) are ordinary tokens
+            in the byte-pair tokenizers, and `end_id` is the largest of all.
+    """
+
+    context_length: int
+    vocab_size: int
+    start_id: int
+    end_id: int
+    mask_id: int
+    pad_id: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Ids of the captions, int64 [B, L]; byte-pair tokenizers pad every row to the context."""
+
+    def offsets(self, caption: str) -> list[Span | None]:
+        """Character span in `caption` of each position up to the last token; None for special tokens."""
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The token strings of a row of ids."""
+
+
+class BytePairTokenizer:
+    """A lower-casing byte-level BPE tokenizer: `start pieces end`, padded with id 0 to the context.
+
+    Captions are cleaned as in CLIP (broken unicode repaired, HTML entities resolved, white space
+    collapsed, lower case). Every caption can be encoded, since every byte is a token. An over-long
+    caption loses its last pieces and keeps its end token. The name of a special token spelt out in a
+    caption is ordinary text.
+
+    Attributes:
+        context_length, vocab_size, start_id, end_id, mask_id, pad_id: see `Tokenizer`.
+    """
+
+    pad_id = 0
+
+    def __init__(self, backend: Backend, context_length: int) -> None:
+        """`backend` holds the vocabulary; its last three ids are mask, start and end.
+
+        Raises:
+            ConfigError: the context has no room for start, end and one token.
+        """
+        if context_length < 3:
+            raise ConfigError(f"a context of {context_length} positions: give at least 3 (start, token, end)")
+        self._backend = backend
+        self.context_length = context_length
+        self.vocab_size = backend.get_vocab_size()
+        self.mask_id, self.start_id, self.end_id = range(self.vocab_size - 3, self.vocab_size)
+        self._bytes = {character: byte for byte, character in _byte_characters().items()}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Ids of the captions, int64 [B, context_length]."""
+        ids = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(ids, captions):
+            pieces = self._encode(clean_caption(caption))[0].ids[: self.context_length - 2]
+            row[: len(pieces) + 2] = torch.tensor([self.start_id, *pieces, self.end_id])
+        return ids
+
+    def offsets(self, caption: str) -> list[Span | None]:
+        """Character span [start, end) in the caption as given, for each position up to the end token.
+
+        None for start and end. Spans never run backwards; the tokens of one character that has
+        several bytes share its span.
+        """
+        text, origin = cleaned_with_origin(caption)
+        encoding, word_starts = self._encode(text)
+        spans: list[Span | None] = [None]
+        for word, (start, end) in list(zip(encoding.word_ids, encoding.offsets))[: self.context_length - 2]:
+            start, end = start + word_starts[word], end + word_starts[word]
+            spans.append((origin[start][0], origin[end - 1][1]))
+        return [*spans, None]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token; a byte that is no character by itself becomes U+FFFD."""
+        return [self._text(self._backend.id_to_token(int(i))) for i in ids]
+
+    def _encode(self, text: str):
+        words = list(_WORDS.finditer(text))
+        encoding = self._backend.encode([word.group() for word in words], is_pretokenized=True)
+        return encoding, [word.start() for word in words]
+
+    def _text(self, token: str) -> str:
+        if token in (PAD, MASK, START, END):
+            return token
+        return bytes(self._bytes[c] for c in token.removesuffix(WORD_END)).decode("utf-8", errors="replace")
+
+
+def clip_tokenizer(context_length: int = CLIP_CONTEXT) -> BytePairTokenizer:
+    """CLIP's tokenizer with FMFA's and IRRA's `<|mask|>` at id 49405; ids equal open_clip's otherwise.
+
+    The mask takes the place of the last ordinary merge, "jeky" + "ll" at a word's end, so that the
+    vocabulary keeps its 49408 entries. That merge is never made: a caption with the word "jekyll" has
+    the two pieces instead of the one (the released code fails on it).
+
+    Raises:
+        ConfigError: the context has fewer than 3 positions.
+    """
+    return BytePairTokenizer(_clip_backend(), context_length)
+
+
+def small_tokenizer(path: str | Path = SMALL_VOCABULARY, context_length: int = SMALL_CONTEXT) -> BytePairTokenizer:
+    """The tokenizer of a vocabulary written by `train_small_vocabulary`; by default the shipped one.
+
+    Raises:
+        ConfigError: no such file, or not a vocabulary of this kind.
+    """
+    try:
+        backend = Backend.from_str(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"vocabulary {path}: {error.strerror}; write one with fmfa.text.tokens.train_small_vocabulary"
+        ) from error
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ConfigError(f"vocabulary {path} is not a file of the tokenizers library: {error}") from error
+    last = backend.get_vocab_size() - 1
+    if [backend.id_to_token(i) for i in (0, last - 2, last - 1, last)] != [PAD, MASK, START, END]:
+        raise ConfigError(
+            f"vocabulary {path}: expected {PAD} at id 0 and {MASK}, {START}, {END} at the last three ids; "
+            "write it with fmfa.text.tokens.train_small_vocabulary"
+        )
+    return BytePairTokenizer(backend, context_length)
+
+
+def train_small_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:
+    """Learn a byte-pair vocabulary of at most `size` ids and write it as a `tokenizers` JSON file.
+
+    Ids: 0 padding, 1..256 the bytes, then the merges in the order in which they were learnt, then mask,
+    start and end. Fewer than `size` ids result where no pair of pieces occurs twice any more. Pieces
+    carry no end-of-word mark, which would cost 256 more ids. The file depends on the arguments only.
+
+    Raises:
+        ConfigError: `size` has no room for the bytes and the four special tokens.
+    """
+    alphabet = list(_byte_characters().values())
+    if size < len(alphabet) + 4:
+        raise ConfigError(
+            f"a vocabulary of {size} ids cannot hold {len(alphabet)} bytes and 4 special tokens; "
+            f"ask for at least {len(alphabet) + 4}"
+        )
+    learner = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 4,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        special_tokens=[],
+        show_progress=False,
+    )
+    words = (word for caption in captions for word in _WORDS.findall(clean_caption(caption)))
+    learner.train_from_iterator(words, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [PAD, *alphabet, *map("".join, merges), MASK, START, END]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    _byte_level(models.BPE(vocab=vocabulary, merges=merges)).save(str(path))
+
+
+def phrase_tokens(tokenizer: Tokenizer, caption: str, span: Span) -> list[int]:
+    """Positions of the caption's encoded row whose characters overlap the span [start, end).
+
+    Empty where the phrase was truncated away or is white space.
+
+    Raises:
+        ConfigError: the span is empty or not inside the caption.
+    """
+    start, end = span
+    if not 0 <= start < end <= len(caption):
+        raise ConfigError(f"phrase span ({start}, {end}) is empty or outside its caption of {len(caption)} characters")
+    offsets = tokenizer.offsets(caption)
+    return [i for i, token in enumerate(offsets) if token and token[0] < end and start < token[1]]
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in a byte-level vocabulary, in byte order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return dict(sorted(characters.items()))
+
+
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return backend
+
+
+@lru_cache(maxsize=1)
+def _clip_backend() -> Backend:
+    source = SimpleTokenizer()
+    merges = sorted(source.bpe_ranks, key=source.bpe_ranks.get)[:-1]
+    ordinary = sorted(source.encoder, key=source.encoder.get)[: 512 + len(merges)]
+    vocabulary = {token: i for i, token in enumerate([*ordinary, MASK, START, END])}
+    return _byte_level(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END))

@@ -1,0 +1,169 @@
+"""Training a retrieval model: one call for any model, on a CPU, one GPU or several, resumable anywhere."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from fmfa.check import check_dataset
+from fmfa.data.annotations import Dataset
+from fmfa.errors import ConfigError, TrainingError
+from fmfa.provenance import data_fingerprint, device_name
+from fmfa.records import read_record, run_record, write_json
+from fmfa.text.tokens import Tokenizer
+from fmfa.training.batches import TableBatches
+from fmfa.training.config import TrainConfig
+from fmfa.training.loop import Batches, TrainingLoop
+
+CONFIG = "config.json"
+FREE = ("root", "device", "workers", "checkpoint_every", "log_gradients_every", "tensorboard")
+"""Settings that may change when a run is resumed: they do not touch the weights it ends with."""
+
+
+def fit(
+    config: TrainConfig,
+    model: nn.Module,
+    batches: Callable[[int, int], Batches],
+    folder: str | Path,
+    *,
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    data: str = "",
+) -> Path:
+    """Train a model, or go on with the run that `folder` holds.
+
+    Weights, metrics and records go to `folder`: `config.json`, `run.json`, `metrics.csv`, `logs/` and
+    `checkpoints/` (the last, and the best by validation R@1; the earlier epoch stands at a tie). A run
+    that was interrupted anywhere continues from its last complete checkpoint and ends, on the same
+    machine with the same number of processes, with the same weights bit by bit. A finished run is left
+    alone. All randomness inside the model is restarted every step from (seed, step, rank); a model with a
+    method `reseed(seed)` gets (seed, step), equal on all ranks.
+
+    Args:
+        config: what to do; the preset's values are filled in here.
+        model: forward takes a batch and returns a `ModelOutput`. It is trained in place.
+        batches: gives the training data of (rank, number of processes).
+        folder: the run folder, made when it is not there.
+        validate: called with the model in evaluation mode on every rank (the models' encoders
+            communicate); the metrics of rank 0 count and must contain R@1. Before training as well.
+        data: fingerprint of the data; a resumed run must have the same.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: the machine cannot do what the configuration asks.
+        TrainingError: the folder holds another run, the loss or its gradient is not finite.
+        CheckpointError: a checkpoint cannot be written or read.
+        KeyboardInterrupt: Ctrl-C, with a message that says where the run will go on.
+    """
+    config, folder = config.resolved(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_other_run(config, folder, data)
+    if read_record(folder).get("status") == "finished":
+        return folder
+    accelerator = _accelerator(config, folder)
+    record: contextlib.AbstractContextManager = contextlib.nullcontext({})
+    if accelerator.is_main_process:
+        write_json(folder / CONFIG, config.to_dict())
+        about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
+        record = run_record(folder, config=config.to_dict(), processes=accelerator.num_processes, **about)
+    with record as notes, _restored(accelerator, model):
+        share = batches(accelerator.process_index, accelerator.num_processes)
+        loop = TrainingLoop(config, model, share, folder, validate, accelerator)
+        if config.tensorboard:
+            purge = {"purge_step": loop.progress.step}
+            accelerator.init_trackers("", init_kwargs={"tensorboard": purge})
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(loop.where_it_stopped()) from None
+        done = loop.progress
+        notes |= {"best": done.best, "best_epoch": done.best_epoch, "steps": done.step}
+    return folder
+
+
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+) -> Path:
+    """Train a model on the training split of a data set, after a look at the data; see `fit`.
+
+    The pictures are not decoded for that look (`fmfa.check` does it), only looked for.
+
+    Raises:
+        TrainingError: the data check calls the data unusable; and what `fit` raises.
+    """
+    config = config.resolved()
+    report = check_dataset(dataset, tokenizer=tokenizer, decode=False, progress=False)
+    if report.fatal:
+        details = report.table["detail"][report.table["severity"] == "fatal"]
+        raise TrainingError(f"{report.verdict} {' '.join(details)}")
+    masked = bool(getattr(getattr(model, "objectives", None), "needs_mask", False))
+
+    def batches(rank: int, processes: int) -> TableBatches:
+        return TableBatches(config, dataset, tokenizer, masked=masked, rank=rank, processes=processes)
+
+    return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset))
+
+
+def _refuse_other_run(config: TrainConfig, folder: Path, data: str) -> None:
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{path} is not JSON ({error}); take another run folder") from error
+    differ = [
+        f"{name} {kept.get(name)!r} there, {value!r} now"
+        for name, value in config.to_dict().items()
+        if name not in FREE and kept.get(name) != value
+    ]
+    known = read_record(folder).get("data", data)
+    if known != data:
+        differ.append(f"data fingerprint {known[:12]!r} there, {data[:12]!r} now")
+    if differ:
+        raise TrainingError(
+            f"{folder} holds another run: {'; '.join(differ)}. Give a new folder, or the old values to go on"
+        )
+
+
+def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU; take 'cpu' or 'auto'")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.precision == "fp16":
+        raise ConfigError("precision 'fp16' needs a GPU; on a CPU take 'fp32' or 'bf16'")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is global; an earlier run's must not stay
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        cpu=cpu,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=str(folder / "logs"),
+        # a model may have parameters without a part in the loss, such as CLIP's logit scale
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+@contextlib.contextmanager
+def _restored(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Leave the random state and the model's forward as they were, and close the trackers."""
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)

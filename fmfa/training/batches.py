@@ -1,0 +1,126 @@
+"""The batches of a training run: a data set's training captions, read as the configuration says."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fmfa.data.annotations import Dataset
+from fmfa.data.pairs import PairDataset, make_loader, start_epoch
+from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
+from fmfa.data.transforms import (
+    ImageTransform,
+    fmfa_evaluation,
+    fmfa_training,
+    ivt_evaluation,
+    ivt_training,
+)
+from fmfa.errors import ConfigError
+from fmfa.text.levels import text_levels
+from fmfa.text.tokens import Tokenizer
+from fmfa.training.config import TrainConfig
+
+
+class TableBatches:
+    """Batches of the split "train" of a data set, for `fmfa.training.fit`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        *,
+        masked: bool,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """The share of process `rank` of `processes`.
+
+        Args:
+            config: resolved; its image size, sampling, augmentation, masking and text levels are used.
+            dataset: what is trained on.
+            tokenizer: of the captions.
+            masked: whether the model reads masked captions.
+            rank, processes: which part of every batch is read.
+
+        Raises:
+            AnnotationError: no split "train".
+            ConfigError: a batch size that does not fit the data or the number of processes.
+            ImageError: a picture cannot be read.
+        """
+        self.table = dataset.split("train")
+        self.loader: DataLoader = make_loader(
+            PairDataset(
+                self.table,
+                dataset.images,
+                tokenizer,
+                training_transform(config),
+                seed=config.seed,
+                flip="off" if config.augmentation == "none" else config.flip,
+                mask_probability=config.mask_rate if masked else 0.0,
+                levels=levels_hook(config),
+            ),
+            _sampler(config, self.table["label"].to_numpy(), rank, processes),
+            workers=config.workers,
+        )
+
+    def count(self, epoch: int) -> int:
+        """Batches of an epoch."""
+        start_epoch(self.loader, epoch)
+        return len(self.loader.batch_sampler)
+
+    def read(self, epoch: int, start: int) -> Iterable[dict[str, Tensor]]:
+        """This rank's part of the epoch's batches from number `start` on."""
+        start_epoch(self.loader, epoch, start)
+        return self.loader
+
+    def describe(self, rows: Tensor) -> list[str]:
+        """Picture and caption of each row."""
+        picked = self.table.iloc[rows.tolist()]
+        return [f"{image} ({caption!r})" for image, caption in zip(picked["image"], picked["caption"])]
+
+
+def training_transform(config: TrainConfig) -> ImageTransform:
+    """The training pictures' transform: the system's own augmentation, or only resizing and normalising."""
+    size = (config.image_height, config.image_width)
+    if config.method == "ivt":
+        return ivt_training(size) if config.augmentation == "full" else ivt_evaluation(size)
+    return fmfa_training(size) if config.augmentation == "full" else fmfa_evaluation(size)
+
+
+def levels_hook(config: TrainConfig) -> Callable[[str, Mapping[str, Any], np.random.Generator], Any] | None:
+    """IVT's multi-level alignment as `PairDataset` calls it; None when it is off.
+
+    "released" takes the attribute phrases in the column `att` on CUHK-PEDES and clauses elsewhere;
+    "spans" takes the true phrases, character spans in the column `spans`.
+    """
+    if config.text_levels == "off":
+        return None
+    if config.text_levels == "spans":
+
+        def true_phrases(caption: str, row: Mapping[str, Any], generator: np.random.Generator) -> Any:
+            if "spans" not in row:
+                raise ConfigError(
+                    "text_levels 'spans' needs the column 'spans' with the true phrases; this data set "
+                    "has none: take 'released'"
+                )
+            return text_levels(caption, generator, form="true_spans", spans=row["spans"])
+
+        return true_phrases
+    form = "attributes" if config.dataset == "CUHK-PEDES" else "clauses"
+
+    def released(caption: str, row: Mapping[str, Any], generator: np.random.Generator) -> Any:
+        attributes = row.get("att") if form == "attributes" else None
+        attributes = attributes if isinstance(attributes, Mapping) else None
+        return text_levels(caption, generator, form=form, attributes=attributes)
+
+    return released
+
+
+def _sampler(config: TrainConfig, labels: np.ndarray, rank: int, processes: int) -> EpochBatches:
+    place = {"seed": config.seed, "rank": rank, "world_size": processes}
+    if config.instances:
+        return IdentityBatches(labels, config.batch_size // config.instances, config.instances, **place)
+    return RandomBatches(len(labels), config.batch_size, **place)

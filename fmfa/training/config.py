@@ -1,0 +1,228 @@
+"""The parameters of a training run: one flat, checked record of plain values, and the published presets."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from fmfa.errors import ConfigError
+
+METHODS = ("clip", "irra", "fmfa", "ivt")
+
+
+def _setting(
+    default: Any,
+    help_text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    limits = {"help": help_text, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run, in values that a notebook's parameters can hold.
+
+    0, -1 or "" stands for the preset's value where the help says so; `resolved` fills those in. Every
+    field's help text and limits are in its dataclass metadata.
+
+    Raises:
+        ConfigError: a value of the wrong type, outside its range, or not among the choices.
+    """
+
+    method: str = _setting("fmfa", "clip (ITC alone), irra, fmfa or ivt", choices=METHODS)
+    preset: str = _setting("paper", "paper's equations or released code", choices=("paper", "released"))
+    objectives: str = _setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0"')
+    dataset: str = _setting("SimPEDES", "CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES or your own name")
+    root: str = _setting("", "folder of the data set")
+    backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
+    weights: str = _setting("", 'weight file or name; "" = the data set\'s')
+    image_height: int = _setting(0, "pixels; 0 = the data set's", low=0)
+    image_width: int = _setting(0, "pixels; 0 = the data set's", low=0)
+    stride: int = _setting(0, "pixels between patches; 0 = the preset's", low=0)
+    epochs: int = _setting(0, "passes over the training captions; 0 = the preset's", low=0)
+    batch_size: int = _setting(0, "pairs in a batch over all processes; 0 = the preset's", low=0)
+    instances: int = _setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's", low=-1)
+    optimizer: str = _setting("", '"" = the preset\'s', choices=("", "adam", "adamw", "sgd"))
+    learning_rate: float = _setting(0.0, "base rate; 0 = the preset's", low=0)
+    weight_decay: float = _setting(-1.0, "-1 = the preset's", low=-1)
+    eps: float = _setting(0.0, "of Adam's denominator; 0 = the preset's", low=0)
+    beta1: float = _setting(0.9, "Adam's mean of gradients", low=0, high=0.999999)
+    beta2: float = _setting(0.999, "Adam's mean of squared gradients", low=0, high=0.999999)
+    momentum: float = _setting(0.9, "of SGD", low=0, high=0.999999)
+    factors: str = _setting("", 'rate factors; "" = the preset\'s', choices=("", "irra", "ivt", "flat"))
+    schedule: str = _setting("", '"" = the preset\'s', choices=("", "warmup_cosine", "ivt", "constant"))
+    warmup_epochs: int = _setting(-1, "-1 = the preset's", low=-1)
+    warmup_factor: float = _setting(0.1, "first epoch's rate by base rate; not for ivt", low=0, high=1)
+    precision: str = _setting("fp32", "of the forward pass", choices=("fp32", "bf16", "fp16"))
+    accumulate: int = _setting(1, "batches summed into one step", low=1)
+    clip_norm: float = _setting(0.0, "largest gradient norm; 0 = no clipping", low=0)
+    mask_rate: float = _setting(0.15, "share of caption tokens masked for IRR", low=0, high=0.9)
+    augmentation: str = _setting("full", "of training pictures", choices=("full", "none"))
+    flip: str = _setting(
+        "", 'of left and right in training; "" = the data set\'s', choices=("", "mirror", "swap", "off")
+    )
+    text_levels: str = _setting("", "IVT's MLA; \"\" = the preset's", choices=("", "off", "released", "spans"))
+    mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", low=-1, high=0.9)
+    mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", low=-1, high=0.9)
+    seed: int = _setting(0, "of weights, sampling, augmentation, masking and dropout", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    workers: int = _setting(0, "loader processes", low=0)
+    evaluate_every: int = _setting(1, "epochs between validations; the last is always validated", low=1)
+    checkpoint_every: int = _setting(0, "steps between checkpoints within an epoch; 0 = none", low=0)
+    log_gradients_every: int = _setting(0, "steps between gradient norms by loss; 0 = never", low=0)
+    tensorboard: bool = _setting(True, "write TensorBoard logs")
+
+    def __post_init__(self) -> None:
+        """Check every value's type and range; an int is taken for a float field."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, setting.name, value)
+            _check(setting, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Build from a mapping, as a notebook or a JSON file gives it.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named), or a bad value.
+        """
+        known = [setting.name for setting in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ConfigError(f"unknown parameter {key!r}{hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, str | int | float | bool]:
+        """All values by name, ready for JSON."""
+        return asdict(self)
+
+    def resolved(self) -> "TrainConfig":
+        """The same run with every value that was left to the preset filled in; given values stay.
+
+        Raises:
+            ConfigError: a batch that is no whole number of identities.
+        """
+        open_values = {
+            name: value
+            for name, value in preset_values(self.method, self.preset, self.dataset).items()
+            if getattr(self, name) in (0, -1, "") and getattr(self, name) == _default(name)
+        }
+        config = replace(self, **open_values)
+        if config.instances and config.batch_size % config.instances:
+            raise ConfigError(
+                f"batch_size {config.batch_size} is not a multiple of instances {config.instances}; "
+                "P x K sampling needs P whole identities of K pairs: change one of the two"
+            )
+        return config
+
+    def objective_overrides(self) -> dict[str, str | int | float | bool]:
+        """`objectives` as a dict: "name=value" parts divided by spaces or commas, values as plain types.
+
+        Raises:
+            ConfigError: a part without "=", or a name given twice.
+        """
+        overrides: dict[str, str | int | float | bool] = {}
+        for part in self.objectives.replace(",", " ").split():
+            name, equals, text = part.partition("=")
+            if not (name and equals and text):
+                raise ConfigError(f'objectives has {part!r}; expected "name=value", such as "asdm_alpha=5"')
+            if name in overrides:
+                raise ConfigError(f"objectives names {name!r} twice; leave one of them out")
+            overrides[name] = _plain(text)
+        return overrides
+
+
+def preset_values(method: str, preset: str, dataset: str) -> dict[str, str | int | float]:
+    """What the papers and the released code set, by method and data set; SimPEDES has the project's own.
+
+    FMFA: ACM TOMM 22(5), 2026, and its released run, which trains half-precision weights with Adam's
+    eps at 1e-3; `paper` trains in float32 and takes 1e-8. IRRA and the CLIP baseline share FMFA's
+    recipe, so that rows differ by their losses only. IVT: ECCVW 2022, the released fine-tuning.
+    """
+    values: dict[str, str | int | float]
+    if method == "ivt":
+        rstp = dataset == "RSTPReid"
+        values = {
+            "optimizer": "sgd",
+            "learning_rate": 5e-3,
+            "weight_decay": 1e-4,
+            "factors": "ivt",
+            "schedule": "ivt",
+            "epochs": 120,
+            "batch_size": 48 if rstp else 28,
+            "instances": 4,
+            "stride": 16 if rstp else 12,
+            "text_levels": "released",
+            "mask_image": 0.2,
+            "mask_text": 0.2,
+        }
+    else:
+        paper = preset == "paper"
+        values = {
+            "optimizer": "adam",
+            "learning_rate": 1e-5 if paper else 5e-6,
+            "weight_decay": 4e-5,
+            "factors": "irra" if paper else "flat",
+            "schedule": "warmup_cosine",
+            "epochs": 100 if paper and dataset == "ICFG-PEDES" else 60,
+            "batch_size": 64,
+            "instances": 0,
+            "stride": 16,
+            "text_levels": "off",
+            "mask_image": 0.0,
+            "mask_text": 0.0,
+        }
+        values["eps"] = 1e-8 if paper else 1e-3
+    values |= {"warmup_epochs": 5, "image_height": 384, "image_width": 128}
+    values.setdefault("eps", 1e-8)
+    values["flip"] = "swap" if dataset == "SimPEDES" else "mirror"
+    if dataset == "SimPEDES":
+        values |= {"image_height": 96, "image_width": 32, "stride": 8, "epochs": 10, "warmup_epochs": 1}
+        if method != "ivt":
+            values |= {"optimizer": "adamw", "learning_rate": 3e-4, "eps": 1e-8, "batch_size": 64}
+    return values
+
+
+def _default(name: str) -> Any:
+    return TrainConfig.__dataclass_fields__[name].default
+
+
+def _check(setting: Field, value: Any) -> None:
+    if type(value) is not setting.type:
+        raise ConfigError(
+            f"{setting.name} is {value!r}, a {type(value).__name__}; expected {setting.type.__name__} "
+            f"({setting.metadata['help']})"
+        )
+    choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        allowed = ", ".join(map(repr, choices))
+        raise ConfigError(f"{setting.name} is {value!r}; expected one of {allowed}{hint}")
+    if setting.type not in (int, float):
+        return
+    between = low == -1 and -1 < value < 0
+    if between or not (low <= value <= high and math.isfinite(value)):
+        limits = "-1 or " if low == -1 else ""
+        limits += f"at least {max(low, 0)}" if high == math.inf else f"from {max(low, 0)} to {high}"
+        raise ConfigError(f"{setting.name} is {value}; expected {limits} ({setting.metadata['help']})")
+
+
+def _plain(text: str) -> str | int | float | bool:
+    if text in ("True", "False"):
+        return text == "True"
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text

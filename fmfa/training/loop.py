@@ -1,0 +1,288 @@
+"""Epochs and steps of a training run: losses, gradients, metrics, validation and checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fmfa.errors import TrainingError
+from fmfa.models.distributed import total, world_size
+from fmfa.models.interfaces import ModelOutput
+from fmfa.records import MetricsLog
+from fmfa.training.checkpoints import (
+    find_checkpoint,
+    prune_checkpoints,
+    read_optimizer,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+from fmfa.training.config import TrainConfig
+from fmfa.training.gradients import gradient_norms
+from fmfa.training.optimizer import build_optimizer, set_learning_rate
+
+SELECTION = "R@1"
+NAMED = 8  # records described in an error message
+
+
+class Batches(Protocol):
+    """Where training gets its batches; equal arguments must give equal batches."""
+
+    def count(self, epoch: int) -> int:
+        """Batches of an epoch, equal on all ranks."""
+
+    def read(self, epoch: int, start: int) -> Iterable[dict[str, Tensor]]:
+        """This rank's part of the epoch's batches from number `start` on, on the CPU."""
+
+    def describe(self, rows: Tensor) -> list[str]:
+        """The pictures and captions of the batch field `rows`, for an error message."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint keeps besides weights and optimiser.
+
+    Attributes:
+        epoch: complete epochs.
+        batch: batches done in the epoch after those.
+        step: optimiser steps since the start.
+        best: selection value of the best epoch, None before the first validation.
+        best_epoch: its number, counted from 1.
+        sums: sums of the unfinished epoch's metrics over its steps.
+        metrics_size: bytes of the metrics file that belong to this state.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    metrics_size: int = 0
+
+
+class TrainingLoop:
+    """A run between its start, or its last complete checkpoint, and its end; see `fmfa.training.fit`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        batches: Batches,
+        folder: Path,
+        validate: Callable[[nn.Module], Mapping[str, float]] | None,
+        accelerator: Accelerator,
+    ) -> None:
+        """Load the last complete checkpoint of `folder`, if there is one; `config` is resolved.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read or does not fit the model.
+        """
+        self.config, self.batches, self.folder, self.validate = config, batches, folder, validate
+        self.accelerator, self.model = accelerator, model
+        self.progress = Progress()
+        optimizer = build_optimizer(model, config)
+        last = find_checkpoint(folder, "last")
+        if last is not None:
+            self.progress = Progress(**read_state(last))
+            read_weights(last, model)
+        self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
+        if last is not None:
+            kept = read_optimizer(last)
+            self.optimizer.load_state_dict(kept["optimizer"])
+            if accelerator.scaler is not None and "scaler" in kept:
+                accelerator.scaler.load_state_dict(kept["scaler"])
+        accelerator.wait_for_everyone()  # nothing may be deleted before every rank has read it
+        self.metrics = None
+        if accelerator.is_main_process:
+            prune_checkpoints(folder, (last, self._best()))
+            self.metrics = MetricsLog(folder, self.progress.metrics_size)
+
+    def run(self) -> None:
+        """Train up to the last epoch.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        if self.validate and self.progress.step == 0:
+            self._log("val", 0, self._validate())
+        while self.progress.epoch < self.config.epochs:
+            self._epoch()
+
+    def where_it_stopped(self) -> str:
+        """A sentence for a reader who interrupted the run."""
+        last = find_checkpoint(self.folder, "last")
+        start = f"from {last.name}" if last else "from the beginning (no checkpoint was due yet)"
+        return (
+            f"interrupted in epoch {self.progress.epoch + 1} of {self.config.epochs} after step "
+            f"{self.progress.step}; starting the same run in {self.folder} again goes on {start}"
+        )
+
+    def _epoch(self) -> None:
+        config, progress = self.config, self.progress
+        epoch, count = progress.epoch, self.batches.count(progress.epoch)
+        set_learning_rate(self.optimizer, config, epoch)
+        self.prepared.train()
+        bar = tqdm(
+            total=count,
+            initial=progress.batch,
+            desc=f"epoch {epoch + 1}/{config.epochs}",
+            leave=False,
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        with bar:
+            read = self.batches.read(epoch, progress.batch) if progress.batch < count else ()
+            for group in _groups(read, config.accumulate):
+                begun = time.perf_counter()
+                values = self._step(group)
+                values |= {"seconds": time.perf_counter() - begun, "steps": 1.0}
+                for name, value in values.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+                progress.step += 1
+                progress.batch += len(group)
+                bar.update(len(group))
+                every = config.checkpoint_every
+                if every and progress.step % every == 0 and progress.batch < count:
+                    self._checkpoint()
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        config, progress = self.config, self.progress
+        sums, steps = progress.sums, progress.sums["steps"]
+        values = {name: value / steps for name, value in sums.items() if name not in ("seconds", "steps")}
+        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": sums["seconds"]}
+        progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
+        self._log("train", progress.epoch, values)
+        found = {}
+        if self.validate and (progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs):
+            found = self._validate()
+            self._log("val", progress.epoch, found)
+            if progress.best is None or found[SELECTION] > progress.best:
+                progress.best, progress.best_epoch = found[SELECTION], progress.epoch
+                self._write("best")
+        self._checkpoint()
+        text = f"epoch {progress.epoch}/{config.epochs}: loss {values['loss/total']:.4f}"
+        text += f", validation R@1 {found[SELECTION]:.2f}" if found else ""
+        self.accelerator.print(f"{text}, {sums['seconds']:.0f} s")
+
+    def _step(self, group: tuple[dict[str, Tensor], ...]) -> dict[str, float]:
+        config, accelerator, step = self.config, self.accelerator, self.progress.step
+        seeds = np.random.SeedSequence((config.seed, step))
+        if hasattr(self.model, "reseed"):
+            self.model.reseed(int(seeds.generate_state(1)[0]))
+        ranks = np.random.SeedSequence((config.seed, step, 1 + accelerator.process_index))
+        torch.manual_seed(int(ranks.generate_state(1)[0]))
+        every = config.log_gradients_every
+        sums: dict[str, float] = {}
+        self.optimizer.zero_grad()
+        for number, batch in enumerate(group, start=1):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            with nullcontext() if number == len(group) else accelerator.no_sync(self.prepared):
+                output: ModelOutput = self.prepared(batch)
+                values = self._values(output, batch)
+                if every and step % every == 0 and number == 1:
+                    self._log("gradient", self.progress.epoch, gradient_norms(output))
+                accelerator.backward(sum(output.losses.values()) / len(group))
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value / len(group)
+        sums["gradient_norm"] = self._clip(sums, group)
+        self.optimizer.step()
+        return sums
+
+    def _values(self, output: ModelOutput, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses and stats as numbers, averaged over ranks, so that all ranks see what one rank's NaN is."""
+        parts = {f"loss/{name}": value for name, value in output.losses.items()}
+        parts |= {"loss/total": sum(output.losses.values()), **output.stats}
+        device = self.accelerator.device
+        numbers = [torch.as_tensor(value, device=device).detach().double() for value in parts.values()]
+        values = (total(torch.stack(numbers)) / world_size()).tolist()
+        named = dict(zip(parts, values, strict=True))
+        if not math.isfinite(named["loss/total"]):
+            losses = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
+            self._stop(f"the loss is not finite ({losses})", [batch])
+        return named
+
+    def _clip(self, sums: Mapping[str, float], group: Iterable[Mapping[str, Tensor]]) -> float:
+        self.accelerator.unscale_gradients(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        value = float(norm)
+        if not math.isfinite(value):
+            if self.accelerator.scaler is not None:  # the scaler leaves this step out and lowers its scale
+                return 0.0
+            self._stop(f"the gradient is not finite (norm {value}; loss {sums['loss/total']})", group)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        return value
+
+    def _stop(self, what: str, group: Iterable[Mapping[str, Tensor]]) -> None:
+        rows = torch.cat([batch["rows"].cpu() for batch in group]) if all("rows" in b for b in group) else None
+        records = "unknown (the batch has no field rows)"
+        if rows is not None:
+            named = self.batches.describe(rows)
+            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            records = f"rows {rows.tolist()}: " + "; ".join(named[:8]) + more
+        rate = self.optimizer.param_groups[0]["lr"]
+        raise TrainingError(
+            f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, at learning rate "
+            f"{rate:g} in {self.config.precision}. Batch: {records}. Look at these records, lower the "
+            "learning rate, or train in fp32; the last checkpoint holds the weights before"
+        )
+
+    def _validate(self) -> dict[str, float]:
+        self.prepared.eval()
+        with torch.no_grad():
+            found = {name: float(value) for name, value in self.validate(self.model).items()}
+        if SELECTION not in found:
+            raise TrainingError(
+                f"validation returned {', '.join(found) or 'nothing'}; expected {SELECTION} among it, "
+                "which selects the best epoch"
+            )
+        return found
+
+    def _log(self, split: str, epoch: int, values: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.add(split, epoch, self.progress.step, values)
+        tagged = {f"{split}/{name}": value for name, value in values.items()}
+        self.accelerator.log(tagged, step=self.progress.step)
+
+    def _checkpoint(self) -> None:
+        if self.metrics is not None:
+            self.progress.metrics_size = self.metrics.size
+            last = self._write("last")
+            prune_checkpoints(self.folder, (last, self._best()))
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, kind: str) -> Path | None:
+        if not self.accelerator.is_main_process:
+            return None
+        kept = None
+        if kind == "last":
+            kept = {"optimizer": self.optimizer.state_dict()}
+            if self.accelerator.scaler is not None:
+                kept["scaler"] = self.accelerator.scaler.state_dict()
+        return write_checkpoint(self.folder, kind, self.model, asdict(self.progress), kept)
+
+    def _best(self) -> Path | None:
+        """The best checkpoint that `progress` knows of; a later one is left from a run cut short."""
+        for path in (self.folder / "checkpoints").glob("best-*"):
+            if read_state(path)["epoch"] == self.progress.best_epoch:
+                return path
+        return None
+
+
+def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
+    batches = iter(batches)
+    while group := tuple(islice(batches, size)):
+        yield group

@@ -1,0 +1,1 @@
+"""Weight files: reading foreign ones safely, writing our own."""

@@ -1,0 +1,88 @@
+"""Own weight files: safetensors with a record of what the weights are and how they came about."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fmfa.errors import CheckpointError, ConfigError
+from fmfa.models.clip import ClipRetriever
+
+
+def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:
+    """Write weights as safetensors with their record, and the record once more as JSON beside it.
+
+    Each file is written to a temporary name, flushed to disk and renamed, so an interruption leaves the
+    old or the new checkpoint, never half of one. The safetensors file carries its own record, so the two
+    cannot disagree.
+
+    Args:
+        path: ends in `.safetensors`; the JSON file has the same stem.
+        weights: a module or its state dict.
+        record: what JSON can hold; a `ClipRetriever`'s `config` belongs under "model".
+
+    Raises:
+        CheckpointError: another suffix, or a record that JSON cannot hold.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: own checkpoints end in .safetensors")
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the record cannot be written as JSON: {error}") from error
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, lambda part: save_file(state, part, metadata={"record": text}))
+    _replace(path.with_suffix(".json"), lambda part: part.write_text(text + "\n", encoding="utf-8"))
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights (on the CPU) and record of an own checkpoint.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, or without a record.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project ({type(error).__name__}: {error}); expected a "
+            ".safetensors file with its record. Other weights go through load_weights"
+        ) from error
+
+
+def load_retriever(path: str | Path) -> tuple[ClipRetriever, dict]:
+    """Rebuild a `ClipRetriever` from an own checkpoint whose record has its `config` under "model".
+
+    Returns:
+        The model in evaluation mode, and the record.
+
+    Raises:
+        CheckpointError: not such a checkpoint, or weights that do not fit the recorded model.
+    """
+    state, record = read_checkpoint(path)
+    try:
+        model = ClipRetriever.from_config(record["model"])
+        model.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: its record does not describe its weights: {error}") from error
+    return model.eval(), record
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
