@@ -43,10 +43,17 @@ def plot_counts(dataset: Dataset) -> Figure:
     captions = dataset.table.groupby(["split", "image"], observed=True).size().rename("captions an image")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, counts in zip(axes, (images, captions), strict=True):
-        kept = {"discrete": True, "stat": "percent", "common_norm": False, "multiple": "dodge", "shrink": 0.8}
-        sns.histplot(counts.reset_index(), x=counts.name, hue="split", ax=axis, **kept)
-        axis.set_ylabel("share within split (%)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        share = counts.groupby("split", observed=True).value_counts(normalize=True).mul(100).rename("share")
+        sns.barplot(
+            share.reset_index(),
+            x=counts.name,
+            y="share",
+            hue="split",
+            hue_order=dataset.table["split"].unique(),
+            ax=axis,
+        )
+        axis.set(ylabel="share within split (%)", ylim=(0, 105))
+        sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

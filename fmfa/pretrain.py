@@ -1,6 +1,6 @@
 """Pre-train the tiny models on SimPEDES' identity-free stream, as CLIP was pre-trained on the web.
 
-`python -m fmfa.pretrain data/tiny_clip.safetensors --pairs 1000000 --seed 0` makes the shipped weights. It resumes
+`python -m fmfa.pretrain data/tiny_clip.safetensors --pairs 250000 --seed 0` makes the shipped weights. It resumes
 from `OUT.resume` after an interruption and removes that file at the end.
 """
 
@@ -49,12 +49,12 @@ def _normalise(images: Tensor) -> Tensor:
 def pretrain(
     out: str | Path,
     *,
-    pairs: int = 1_000_000,
+    pairs: int = 250_000,
     seed: int = 0,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
+    batch_size: int = 128,
+    learning_rate: float = 1.5e-3,
     weight_decay: float = 0.05,
-    tau: float = 0.05,
+    tau: float = 0.07,
     warmup: float = 0.03,
     position_std: float = 0.4,
     precision: str = "bf16",
@@ -125,9 +125,9 @@ def pretrain(
             if step % every == 0 or step == steps:
                 found = _recall(model, *(x.to(device) for x in held_out))
                 seconds = round(spent + time.time() - started, 1)
-                curve.append({"pairs": step * batch_size, "loss": round(float(loss), 4), "held_out_R@1": found,
+                curve.append({"pairs": step * batch_size, "loss": round(loss.item(), 4), "held_out_R@1": found,
                               "seconds": seconds})  # fmt: skip
-                bar.set_postfix(loss=f"{float(loss):.2f}", held_out=f"{found:.3f}")
+                bar.set_postfix(loss=f"{loss.item():.2f}", held_out=f"{found:.3f}")
                 if not bar.disable or os.environ.get("FMFA_VERBOSE"):
                     tqdm.write(json.dumps(curve[-1]))
                 state = {

@@ -116,7 +116,7 @@ class _Annotator:
         if pattern and self.p.top_pattern not in ("plain", "logo"):
             second, told["pattern_colour"] = self._word(COLOUR_WORDS, self.p.pattern_colour)
             look, told["top_pattern"] = self._word(TYPE_WORDS["top_pattern"], self.p.top_pattern)
-            if second not in VAGUE and words and words[-1] not in VAGUE and self._chance(0.6):
+            if second not in VAGUE and words and words[-1] not in VAGUE and self._chance(0.9):
                 words += ["and", second]
             else:
                 del told["pattern_colour"]

@@ -234,12 +234,13 @@ class _Figure:
                 )
             case "cup":
                 c.limb((left, forward, up), (left, forward, up + 0.09), 0.038, 0.05, thing, depth)
+                lid = c.material((226, 226, 222), "held")
                 c.limb(
                     (left, forward, up + 0.10),
                     (left, forward, up + 0.115),
                     0.05,
                     0.045,
-                    self.sole,
+                    lid,
                     depth + 1e-3,
                 )
             case "book":
@@ -254,7 +255,8 @@ class _Figure:
                 across, behind = side * 0.25, -0.10
                 box = [(across + a, behind + b) for a in (-0.10, 0.10) for b in (-0.06, 0.06)]
                 self._box(box, 0.50, 0.06, thing, c.facing(across, behind) + 0.01)
-                c.limb((across, behind, 0.5), hand, 0.01, 0.01, self.ink, c.facing(across, behind))
+                handle = c.material((40, 30, 30), "held")
+                c.limb((across, behind, 0.5), hand, 0.01, 0.01, handle, c.facing(across, behind))
 
     def _box(self, footprint, top: float, bottom: float, material: int, depth: float) -> None:
         """Add an upright box by the silhouette of its footprint, with a lighter lid and a darker edge."""

@@ -129,7 +129,7 @@ def _alt_text(person: Person, back: bool, rng: np.random.Generator) -> str:
         if getattr(person, kind) != "none" and not (back and kind in ("glasses", "held"))
     }
     things = []
-    for _ in range(1 + int(rng.random() * 3)):
+    for _ in range(int(pick(rng, {"1": 1, "2": 2, "3": 2}))):
         if there:
             kind = pick(rng, there)
             del there[kind]
@@ -137,7 +137,7 @@ def _alt_text(person: Person, back: bool, rng: np.random.Generator) -> str:
     who = _choose(rng, TYPE_WORDS["gender"], person.gender)
     listed = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
     hair = ""
-    if person.hair_style != "bald" and rng.random() < 0.25:
+    if person.hair_style != "bald" and rng.random() < 0.3:
         length = {"long": "long ", "short": "short ", "shoulder": "shoulder-length "}.get(person.hair_style, "")
         hair = f"{length}{_choose(rng, HAIR_WORDS, person.hair_colour)} hair"
     if hair and rng.random() < 0.4:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fmfa.errors import ConfigError
 from fmfa.text.cleaning import Span, clean_caption, cleaned_with_origin
 
-CLIP_CONTEXT = 77
+CLIP_CONTEXT, CLIP_VOCABULARY = 77, 49408
 SMALL_CONTEXT = 64
 SMALL_VOCABULARY = Path(__file__).parents[2] / "data" / "vocabulary.json"
 PAD, MASK, START, END = "<|pad|>", "<|mask|>", "<|startoftext|>", "<|endoftext|>"

@@ -37,8 +37,10 @@ class TrainConfig:
     method: str = _setting("fmfa", "clip (ITC alone), irra, fmfa or ivt", choices=METHODS)
     preset: str = _setting("paper", "paper's equations or released code", choices=("paper", "released"))
     objectives: str = _setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0"')
-    dataset: str = _setting("SimPEDES", "CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES or your own name")
-    root: str = _setting("", "folder of the data set")
+    dataset: str = _setting("SimPEDES-street", "SimPEDES-street, SimPEDES-station, CUHK-PEDES, ... or your own name")
+    root: str = _setting("", 'folder of the data set; "" makes SimPEDES')
+    scale: str = _setting("small", "of SimPEDES without a root", choices=("tiny", "small", "standard", "large"))
+    data_seed: int = _setting(0, "of SimPEDES without a root, and of held-out identities", low=0, high=2**31 - 1)
     backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
     weights: str = _setting("", 'weight file or name; "" = the data set\'s')
     image_height: int = _setting(0, "pixels; 0 = the data set's", low=0)
@@ -184,8 +186,9 @@ def preset_values(method: str, preset: str, dataset: str) -> dict[str, str | int
         values["eps"] = 1e-8 if paper else 1e-3
     values |= {"warmup_epochs": 5, "image_height": 384, "image_width": 128}
     values.setdefault("eps", 1e-8)
-    values["flip"] = "swap" if dataset == "SimPEDES" else "mirror"
-    if dataset == "SimPEDES":
+    simpedes = dataset.startswith("SimPEDES")
+    values["flip"] = "swap" if simpedes else "mirror"
+    if simpedes:
         values |= {"image_height": 96, "image_width": 32, "stride": 8, "epochs": 10, "warmup_epochs": 1}
         if method != "ivt":
             values |= {"optimizer": "adamw", "learning_rate": 3e-4, "eps": 1e-8, "batch_size": 64}

@@ -1,0 +1,450 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLayer, BertLMPredictionHead
+
+from fmfa import pretrain_ivt
+from fmfa.data.pretraining_pairs import ImageCaptionList, PretrainingPairs, collate_pairs
+from fmfa.data.transforms import ivt_evaluation, ivt_training
+from fmfa.errors import AnnotationError, ConfigError, ImageError
+from fmfa.models.interfaces import ModelOutput
+from fmfa.models.ivt import IvtRetriever
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.models.ivt_pretraining import FusionEncoder, IvtPretrainer, hard_negatives, itc_uniform
+from fmfa.text.wordpiece import SPECIAL, train_wordpiece_vocabulary, wordpiece_tokenizer
+from fmfa.weights.ivt import load_ivt
+from fmfa.weights.own import read_checkpoint
+
+TINY = IvtConfig(width=32, depth=2, heads=2, image_size=(32, 16), patch=8, stride=8, vocab_size=50, positions=24)
+STILL = replace(TINY, drop_path=0.0, text_dropout=0.0)
+MASK = SPECIAL.index("[MASK]")
+UNUSED = tuple(
+    f"encoder_fusion.bert.embeddings.{name}"
+    for name in ("position_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+)
+
+
+def make_batch(rows=6, length=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 50, (rows, length), generator=generator)
+    for row, texts in enumerate(ids):
+        texts[length - row % 4 :] = 0
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    chosen[:, 2] = chosen[1:3, 4] = True
+    return {
+        "images": torch.randn(rows, 3, 32, 16, generator=generator),
+        "caption_ids": ids,
+        "masked_ids": torch.where(chosen, MASK, ids),
+        "masked_labels": torch.where(chosen, ids, 0),
+        "labels": torch.arange(rows),
+    }
+
+
+def naive_itc(image, text, labels, temperature):
+    total = 0.0
+    for rows, columns in ((image, text), (text, image)):
+        for i in range(len(rows)):
+            logits = [(rows[i] @ column).item() / temperature for column in columns]
+            highest = max(logits)
+            log_sum = highest + math.log(sum(math.exp(value - highest) for value in logits))
+            positives = [j for j in range(len(rows)) if labels[i] == labels[j]]
+            total -= sum(logits[j] - log_sum for j in positives) / len(positives)
+    return total / (2 * len(image))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0]])
+def test_itc_against_a_double_loop(labels):
+    model, batch = IvtPretrainer(STILL, fusion_depth=1), make_batch()
+    batch["labels"] = torch.tensor(labels)
+    image, text = model.encode_image(batch["images"]), model.encode_text(batch["caption_ids"])
+    expected = naive_itc(image.embedding, text.embedding, labels, 0.5)
+    assert image.embedding.norm(dim=1).mean() > 2  # not normalised
+    assert model(batch).losses["itc"].item() == pytest.approx(expected, rel=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(2, 6, 8, generator=generator, dtype=torch.float64)
+    found = itc_uniform(image @ text.T / 0.7, batch["labels"])
+    assert found.item() == pytest.approx(naive_itc(image, text, labels, 0.7), rel=1e-12)
+
+
+def test_negatives_follow_softmax_plus_1e_4_and_are_never_positives():
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(5, 5, generator=generator)
+    logits[2, 0] = 80.0  # the positive that softmax would nearly always pick
+    labels = torch.tensor([0, 1, 0, 2, 3])
+    counts = torch.zeros(5, 5)
+    for _ in range(3000):
+        counts[torch.arange(5), hard_negatives(logits, labels, generator)] += 1
+    weights = logits.softmax(1) + 1e-4
+    weights[labels[:, None] == labels[None]] = 0
+    assert (counts[labels[:, None] == labels[None]] == 0).all()
+    assert torch.allclose(counts / 3000, weights / weights.sum(1, keepdim=True), atol=0.03)
+    assert (counts[2, [1, 3, 4]] > 800).all()  # only the 1e-4 is left of each
+
+
+def test_negatives_come_from_the_given_generator_alone():
+    logits, labels = torch.zeros(8, 8), torch.arange(8)
+    state = torch.random.get_rng_state()
+    drawn = [hard_negatives(logits, labels, torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("labels", [[0], [3, 3, 3], [0, 0, 0]])
+def test_a_batch_without_negatives_is_refused(labels):
+    with pytest.raises(ConfigError, match="without a negative"):
+        hard_negatives(torch.zeros(len(labels), len(labels)), torch.tensor(labels), torch.Generator())
+
+
+def recorded(model, batch):
+    """The fusion encoder's calls during a forward pass: (text tokens, mask, image tokens), and the output."""
+    calls = []
+    handle = model.encoder_fusion.register_forward_pre_hook(lambda module, given: calls.append(given))
+    output = model(batch)
+    handle.remove()
+    return calls, output
+
+
+def test_matching_sees_b_pairs_and_two_b_negatives():
+    model, batch = IvtPretrainer(STILL, fusion_depth=1).eval(), make_batch()
+    batch["labels"] = torch.tensor([0, 1, 2, 0, 3, 4])
+    image = model.encode_image(batch["images"]).tokens
+    text = model.encode_text(batch["caption_ids"]).tokens
+    (text_rows, mask, image_rows), _ = recorded(model, batch)[0]
+    assert len(text_rows) == len(image_rows) == 18
+    found = []
+    for row in range(18):
+        i = [k for k in range(6) if torch.allclose(image_rows[row], image[k], atol=1e-6)]
+        t = [k for k in range(6) if torch.allclose(text_rows[row], text[k], atol=1e-6)]
+        assert len(i) == len(t) == 1
+        assert torch.equal(mask[row], batch["caption_ids"][t[0]] != 0)
+        found.append((i[0], t[0]))
+    labels = batch["labels"].tolist()
+    assert found[:6] == [(k, k) for k in range(6)]
+    assert [t for _, t in found[6:12]] == list(range(6))  # one image for each text
+    assert [i for i, _ in found[12:]] == list(range(6))  # one text for each image
+    assert all(labels[i] != labels[t] for i, t in found[6:])
+    model.reseed(5)
+    output = model(batch)
+    model.reseed(5)
+    (tokens, mask, images), _ = recorded(model, batch)[0]
+    logits = model.itm(model.encoder_fusion(tokens, mask, images)[:, 0])
+    by_hand = sum(
+        -math.log(math.exp(row[int(k < 6)]) / (math.exp(row[0]) + math.exp(row[1])))
+        for k, row in enumerate(logits.tolist())
+    )
+    assert output.losses["itm"].item() == pytest.approx(by_hand / 18, rel=1e-5)
+
+
+def test_words_are_asked_for_at_masked_positions_only():
+    model, batch = IvtPretrainer(STILL, fusion_depth=1).eval(), make_batch()
+    image = model.encode_image(batch["images"]).tokens
+    masked = model.encode_text(batch["masked_ids"], batch["caption_ids"] != 0).tokens
+    calls, output = recorded(model, batch)
+    tokens, _, images = calls[1]
+    assert torch.allclose(tokens, masked, atol=1e-6)
+    assert torch.allclose(images, image, atol=1e-6)
+    total, count = 0.0, 0
+    for row in range(6):
+        keep = batch["caption_ids"][row : row + 1] != 0
+        fused = model.encoder_fusion(masked[row : row + 1], keep, image[row : row + 1])
+        for position in range(10):
+            if (label := int(batch["masked_labels"][row, position])) != 0:
+                total -= float(model.encoder_fusion.words(fused)[0, position].log_softmax(0)[label])
+                count += 1
+    assert count == 8
+    assert output.losses["mlm"].item() == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_a_batch_without_masked_words_has_no_word_loss():
+    batch = make_batch()
+    batch["masked_labels"] = torch.zeros_like(batch["masked_labels"])
+    output = IvtPretrainer(STILL, fusion_depth=1)(batch)
+    assert output.losses["mlm"].item() == 0
+    sum(output.losses.values()).backward()
+
+
+def test_padding_does_not_change_the_losses():
+    model, batch = IvtPretrainer(STILL, fusion_depth=2).eval(), make_batch()
+    padded = {k: torch.nn.functional.pad(v, (0, 3)) if v.dim() == 2 else v for k, v in batch.items()}
+    losses = []
+    for given in (batch, padded):
+        model.reseed(0)
+        losses.append(torch.stack(list(model(given).losses.values())))
+    assert torch.allclose(*losses, atol=1e-5)
+
+
+def test_gradients_reach_everything_that_is_used():
+    model = IvtPretrainer(TINY, fusion_depth=2)
+    sum(model(make_batch()).losses.values()).backward()
+    named = dict(model.named_parameters())
+    without = {name for name, p in named.items() if p.grad is None or not p.grad.abs().sum()}
+    assert without == set(UNUSED)
+    assert not any(named[name].requires_grad for name in UNUSED)
+    token_types = named["encoder_vl.embeddings.token_type_embeddings.weight"].grad
+    assert token_types[0].any()
+    assert not token_types[1].any()
+
+
+def test_image_and_text_learn_from_every_loss():
+    model, batch = IvtPretrainer(STILL, fusion_depth=1), make_batch()
+    with torch.no_grad():  # at 0.02 the fusion encoder hardly reacts to its input
+        model.encoder_fusion.bert["encoder"]["layer"][0].crossattention.self["value"].weight.normal_()
+    for name in ("itc", "itm", "mlm"):
+        model.zero_grad()
+        model(batch).losses[name].backward()
+        assert model.encoder_vl.patch_embed.proj.weight.grad.abs().sum() > 0, name
+        assert model.encoder_vl.blocks[0].mlp_txt.fc1.weight.grad.abs().sum() > 0, name
+        assert (model.temp.grad is not None) == (name == "itc")
+
+
+def test_no_token_is_dropped_and_the_encoder_is_the_retrievers():
+    model, plain = IvtPretrainer(TINY, fusion_depth=1, seed=4), IvtRetriever(TINY, seed=4)
+    output = model.train()(make_batch())
+    assert output.features["image_tokens"].shape == (6, 1 + 8, 32)
+    assert output.features["text_tokens"].shape == (6, 10, 32)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    assert model.temp.item() == 0.5
+    again = IvtPretrainer.from_config(json.loads(json.dumps(model.config)))
+    again.load_state_dict(state)
+    report = load_ivt(plain, state)
+    assert set(report.left_out) == {n for n in state if not n.startswith("encoder_vl.")}
+    assert not report.missing
+
+
+def test_released_names_and_shapes_at_full_size():
+    with torch.device("meta"):
+        fusion = FusionEncoder(IvtConfig(stride=16))
+    expected = {
+        "bert.embeddings.word_embeddings.weight": (30522, 768),
+        "bert.embeddings.position_embeddings.weight": (512, 768),
+        "bert.embeddings.token_type_embeddings.weight": (2, 768),
+        "cls.predictions.bias": (30522,),
+        "cls.predictions.transform.dense.weight": (768, 768),
+        "cls.predictions.transform.dense.bias": (768,),
+        "cls.predictions.decoder.weight": (30522, 768),
+        "cls.predictions.decoder.bias": (30522,),
+    }
+    norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
+    for i in range(6):
+        layer = f"bert.encoder.layer.{i}"
+        for attention in ("attention", "crossattention"):
+            for part in ("self.query", "self.key", "self.value", "output.dense"):
+                expected[f"{layer}.{attention}.{part}.weight"] = (768, 768)
+                expected[f"{layer}.{attention}.{part}.bias"] = (768,)
+            norms.append(f"{layer}.{attention}.output.LayerNorm")
+        expected[f"{layer}.intermediate.dense.weight"] = (3072, 768)
+        expected[f"{layer}.intermediate.dense.bias"] = (3072,)
+        expected[f"{layer}.output.dense.weight"] = (768, 3072)
+        expected[f"{layer}.output.dense.bias"] = (768,)
+        norms.append(f"{layer}.output.LayerNorm")
+    expected |= {f"{norm}.{kind}": (768,) for norm in norms for kind in ("weight", "bias")}
+    assert {name: tuple(tensor.shape) for name, tensor in fusion.state_dict().items()} == expected
+    assert fusion.cls["predictions"].decoder.weight is fusion.bert["embeddings"].word_embeddings.weight
+    top = {name.split(".")[0] for name in IvtPretrainer(TINY, fusion_depth=1).state_dict()}
+    assert top == {"encoder_vl", "encoder_fusion", "itm", "temp"}
+    assert IvtPretrainer(TINY, fusion_depth=1).itm.weight.shape == (2, 32)
+
+
+def test_layers_and_head_compute_what_berts_do():
+    generator = torch.Generator().manual_seed(0)
+    model = IvtPretrainer(STILL, fusion_depth=2)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=128,
+        is_decoder=True,
+        add_cross_attention=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
+    text, image = torch.randn(3, 7, 32, generator=generator), torch.randn(3, 9, 32, generator=generator)
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    for parameter in model.encoder_fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    expected = text
+    for i, own in enumerate(model.encoder_fusion.bert["encoder"]["layer"]):
+        layer = BertLayer(config, layer_idx=i)
+        layer.load_state_dict(own.state_dict())
+        bias = (1 - mask.float())[:, None, None] * -10000.0
+        expected = layer(expected, bias, encoder_hidden_states=image)
+    head = BertLMPredictionHead(config)
+    head.load_state_dict(model.encoder_fusion.cls["predictions"].state_dict())
+    found = model.encoder_fusion(text, mask, image)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(model.encoder_fusion.words(found), head(expected), atol=1e-3)
+
+
+def test_bfloat16_agrees_with_float32():
+    model, batch = IvtPretrainer(STILL, fusion_depth=1), make_batch()
+    model.reseed(0)
+    full = model(batch).losses
+    model.reseed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch).losses
+    assert {loss.dtype for loss in half.values()} == {torch.float32}
+    # Logits of up to some 60 of features with 8 bits: the contrast is the least exact.
+    assert {name: loss.item() for name, loss in half.items()} == pytest.approx(
+        {name: loss.item() for name, loss in full.items()}, rel=0.05
+    )
+    sum(half.values()).backward()
+
+
+CAPTIONS = ["A red coat.", "blue-jeans, new!", "a man with a bag", "...", "white shoes", "a hat", "striped top"]
+
+
+@pytest.fixture
+def pair_list(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(len(CAPTIONS)):
+        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "vocab.txt")
+    tokens = len((tmp_path / "vocab.txt").read_text().split("\n")) - 1
+    sizes = {"width": 16, "depth": 1, "heads": 2, "image_size": [32, 16], "patch": 8, "stride": 8}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": tokens, "positions": 24}))
+    return tmp_path
+
+
+def test_lists_are_read_and_labelled_by_running_index(pair_list):
+    transform = ivt_training((32, 16))
+    pairs = ImageCaptionList([pair_list / "pairs.json"] * 2, pair_list, transform)
+    assert (len(pairs), pairs.skipped) == (12, 2)  # "..." has no word
+    picture, caption = pairs[9]
+    assert caption == "white shoes"
+    assert torch.equal(picture, transform.read(pair_list / "4.png"))
+    tokenizer = wordpiece_tokenizer(pair_list / "vocab.txt", 50)
+    samples = PretrainingPairs(pairs, tokenizer, ivt_evaluation((32, 16)).finish, seed=0, first=0, count=12)
+    batch = collate_pairs([samples[i] for i in range(12)])
+    assert batch["labels"].tolist() == list(range(12))
+    assert torch.equal(
+        batch["caption_ids"][1], tokenizer(["blue jeans new", *CAPTIONS])[0, : batch["masked_ids"].shape[1]]
+    )
+    assert torch.equal(batch["attention_mask"], (batch["caption_ids"] != 0).long())
+    asked = batch["masked_labels"] != 0
+    assert torch.equal(batch["masked_ids"][~asked], batch["caption_ids"][~asked])
+    assert (asked.sum(1) > 0).all()
+    assert batch["images"].shape == (12, 3, 32, 16)
+    assert batch["images"].min() >= -1
+
+
+def test_each_pass_has_every_pair_once_in_another_order(pair_list):
+    pairs = ImageCaptionList(pair_list / "pairs.json", pair_list, ivt_training((32, 16)))
+    tokenizer = wordpiece_tokenizer(pair_list / "vocab.txt", 50)
+    finish = ivt_training((32, 16)).finish
+
+    def samples(first, count):
+        found = PretrainingPairs(pairs, tokenizer, finish, seed=2, first=first, count=count, shuffle=True, flip=True)
+        return [found[i] for i in range(count)]
+
+    passes = [[int(sample["labels"]) for sample in samples(start, 6)] for start in (0, 6)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(6))
+    assert passes[0] != passes[1]
+    whole, part = samples(0, 12), samples(8, 4)
+    for sample, again in zip(whole[8:], part):
+        assert all(torch.equal(sample[key], again[key]) for key in sample)
+    first, second = (sample for sample in whole if sample["labels"] == 0)
+    assert not torch.equal(first["images"], second["images"])
+
+
+def test_unreadable_pictures_and_wrong_lists_name_the_file(pair_list):
+    transform = ivt_training((32, 16))
+    (pair_list / "0.png").write_bytes(b"no picture")
+    pairs = ImageCaptionList(pair_list / "pairs.json", pair_list, transform)
+    with pytest.raises(ImageError, match=r"0\.png"):
+        pairs[0]
+    wrong = pair_list / "wrong.json"
+    for content, message in (
+        ([{"image": "a.png", "text": "a"}], "no field caption, found image, text"),
+        ([{"image": "a.png", "caption": ["a", "b"]}], "record 0: image and caption are str and list"),
+    ):
+        wrong.write_text(json.dumps(content))
+        with pytest.raises(AnnotationError, match=f"wrong.json.*{message}"):
+            ImageCaptionList(wrong, pair_list, transform)
+    wrong.write_text(json.dumps([{"image": "../a.png", "caption": "a coat"}]))
+    with pytest.raises(ImageError, match="leaves the image folder"):
+        ImageCaptionList(wrong, pair_list, transform)[0]
+
+
+def options(folder, **changes):
+    files = {"config": folder / "config.json", "vocabulary": folder / "vocab.txt"}
+    listed = {"list": str(folder / "pairs.json"), "images": str(folder)}
+    return {**files, **listed, "pairs": 12, "batch_size": 3, "fusion_depth": 1, "workers": 0} | changes
+
+
+@pytest.mark.parametrize("source", ["list", "stream"])
+def test_an_interrupted_pre_training_goes_on_exactly(pair_list, monkeypatch, source):
+    monkeypatch.setattr(pretrain_ivt, "_HELD_OUT", 6)
+    given = options(pair_list) if source == "list" else options(pair_list, list="", images="")
+    whole = pretrain_ivt.pretrain(pair_list / "whole.safetensors", **given)
+    step, seen = pretrain_ivt.train_step, []
+
+    def interrupted(*arguments):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return step(*arguments)
+
+    monkeypatch.setattr(pretrain_ivt, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_ivt.pretrain(pair_list / "part.safetensors", **given)
+    monkeypatch.setattr(pretrain_ivt, "train_step", step)
+    torch.rand(7)  # the default generator stands elsewhere
+    assert (pair_list / "part.resume").exists()
+    part = pretrain_ivt.pretrain(pair_list / "part.safetensors", **given)
+    assert not (pair_list / "part.resume").exists()
+    strip = [[{k: v for k, v in point.items() if k != "seconds"} for point in run["curve"]] for run in (whole, part)]
+    assert strip[0] == strip[1]
+    assert len(strip[0]) == 4
+    (state, record), (again, _) = (read_checkpoint(pair_list / f"{name}.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    model = IvtRetriever.from_config(record["model"])
+    model.load_state_dict(state)
+    start = IvtRetriever.from_config(record["model"]).state_dict()
+    assert not torch.equal(state["encoder_vl.blocks.0.attn.qkv.weight"], start["encoder_vl.blocks.0.attn.qkv.weight"])
+    assert record["budget"]["parameters"] > record["budget"]["encoder_parameters"] > 0
+
+
+def test_what_does_not_fit_is_refused(pair_list):
+    for changes, message in (
+        ({"vocabulary": pretrain_ivt.VOCABULARY}, "pieces, the configuration vocab_size"),
+        ({"images": ""}, "go together"),
+        ({"pairs": 2}, "fewer pairs than one batch"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pretrain_ivt.pretrain(pair_list / "out.safetensors", **options(pair_list, **changes))
+
+
+def test_operations_of_a_linear_layer_are_counted():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(7, 5)
+
+        def forward(self, batch):
+            return ModelOutput(losses={"loss": self.layer(batch["images"]).sum()})
+
+    # Forward and the gradient of the weights; the images need none.
+    assert pretrain_ivt.training_flops(Plain(), {"images": torch.ones(4, 7)}) == 2 * 2 * 7 * 5
+
+
+def test_the_shipped_configuration_fits_its_vocabulary_and_counts():
+    sizes = json.loads(pretrain_ivt.TINY_IVT.read_text())
+    tokenizer = wordpiece_tokenizer(pretrain_ivt.VOCABULARY, sizes["positions"])
+    assert tokenizer.vocab_size == sizes["vocab_size"]
+    model = pretrain_ivt.build(sizes, 2, 0.4, 0)
+    assert model.encoder_vl.pos_embed.std().item() == pytest.approx(0.4, rel=0.05)
+    assert 4 * sum(p.numel() for p in model.encoder_vl.parameters()) < 10e6
+    unknown = tokenizer.decode([1])
+    text = "The woman, 25, wears a zebra-striped (XL) coat & carries 2 bags @ 10 o'clock!"
+    assert unknown[0] not in tokenizer.decode(tokenizer([text])[0])
