@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from fmfa.models.clip import ClipRetriever, Objectives
+from fmfa.progress import progress_bar
 from fmfa.provenance import device_name, package_versions
 from fmfa.simpedes.stream import web_pair
 from fmfa.text.tokens import Tokenizer, small_tokenizer
@@ -107,9 +107,9 @@ def pretrain(
     stream = WebPairs(seed, step * batch_size, (steps - step) * batch_size, size, tokenizer)
     loader = DataLoader(stream, batch_size, num_workers=workers, prefetch_factor=8 if workers else None)
     model.train()
-    with tqdm(total=steps, initial=step, desc="pre-training", unit="step", disable=None) as bar:
+    with progress_bar(steps, "pre-training", "steps", initial=step) as bar:
         for images, ids in loader:
-            rate = learning_rate * _rate(step / steps, warmup)
+            rate = learning_rate * warmup_cosine_rate(step / steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = {"images": _normalise(images.to(device)), "caption_ids": ids.to(device)}
@@ -128,8 +128,7 @@ def pretrain(
                 curve.append({"pairs": step * batch_size, "loss": round(loss.item(), 4), "held_out_R@1": found,
                               "seconds": seconds})  # fmt: skip
                 bar.set_postfix(loss=f"{loss.item():.2f}", held_out=f"{found:.3f}")
-                if not bar.disable or os.environ.get("FMFA_VERBOSE"):
-                    tqdm.write(json.dumps(curve[-1]))
+                print(json.dumps(curve[-1]), flush=True)
                 state = {
                     "settings": settings,
                     "model": model.state_dict(),
@@ -140,7 +139,7 @@ def pretrain(
                 os.replace(resume.with_suffix(".part"), resume)
     record = {
         "what": "tiny CLIP pre-trained on the identity-free stream of SimPEDES",
-        "command": f"python -m fmfa.pretrain {out.name} --pairs {pairs} --seed {seed}",
+        "command": f"python -m fmfa.pretrain data/{out.name} --pairs {pairs} --seed {seed}",
         "settings": {k: v for k, v in settings.items() if k != "config"},
         "seconds": round(spent + time.time() - started, 1),
         "device": device_name(device),
@@ -154,7 +153,8 @@ def pretrain(
     return record
 
 
-def _rate(progress: float, warmup: float) -> float:
+def warmup_cosine_rate(progress: float, warmup: float) -> float:
+    """Return the learning-rate factor at a share of all steps: linear over the share `warmup`, then cosine to 0."""
     if progress < warmup:
         return (progress + 1e-3) / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

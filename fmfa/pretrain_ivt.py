@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from fmfa.data.pretraining_pairs import ImageCaptionList, PretrainingPairs, collate_pairs
 from fmfa.data.transforms import ivt_evaluation, ivt_training
 from fmfa.errors import ConfigError
 from fmfa.models.ivt_network import IvtConfig
 from fmfa.models.ivt_pretraining import IvtPretrainer
-from fmfa.pretrain import _rate
+from fmfa.pretrain import warmup_cosine_rate
+from fmfa.progress import progress_bar
 from fmfa.provenance import device_name, package_versions
 from fmfa.simpedes.stream import web_pair
 from fmfa.text.span_masking import CONTEXT
@@ -114,7 +114,7 @@ def pretrain(
         "encoder_parameters": sum(p.numel() for p in model.encoder_vl.parameters()),
         "training_flops_a_pair": training_flops(model, {k: v[:_COUNTED] for k, v in unseen.items()}),
     }
-    tqdm.write(json.dumps(budget))
+    print(json.dumps(budget))
     steps, step, curve, spent = pairs // batch_size, 0, [], 0.0
     resume = out.with_suffix(".resume")
     if resume.exists():
@@ -132,9 +132,9 @@ def pretrain(
         collate_fn=collate_pairs,
         generator=torch.Generator(),
     )
-    with tqdm(total=steps, initial=step, desc="pre-training", unit="step", disable=None) as bar:
+    with progress_bar(steps, "pre-training", "steps", initial=step) as bar:
         for batch in loader:
-            rate = learning_rate * _rate(step / steps, warmup)
+            rate = learning_rate * warmup_cosine_rate(step / steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = {key: value.to(device) for key, value in batch.items()}
@@ -147,8 +147,7 @@ def pretrain(
                 curve.append({"pairs": step * batch_size, "losses": found, "temperature": round(model.temp.item(), 4),
                               "held_out_R@1": held_out_recall(model, unseen), "seconds": seconds})  # fmt: skip
                 bar.set_postfix(**found, held_out=curve[-1]["held_out_R@1"])
-                if not bar.disable or os.environ.get("FMFA_VERBOSE"):
-                    tqdm.write(json.dumps(curve[-1]))
+                print(json.dumps(curve[-1]), flush=True)
                 state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state | {"step": step, "curve": curve, "seconds": seconds}, resume.with_suffix(".part"))
                 os.replace(resume.with_suffix(".part"), resume)
@@ -256,7 +255,7 @@ def _command(out: Path, settings: Mapping) -> str:
     defaults = {k: str(v) if isinstance(v, Path) else v for k, v in pretrain.__kwdefaults__.items()}
     told = {k: v for k, v in settings.items() if k in ("pairs", "seed") or v != defaults[k]}
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in told.items())
-    return f"python -m fmfa.pretrain_ivt {out.name} {options}"
+    return f"python -m fmfa.pretrain_ivt data/{out.name} {options}"
 
 
 def _check(tokenizer: WordPieceTokenizer, sizes: Mapping, steps: int, pair_list: str, images: str) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fmfa.data.annotations import Dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
-from fmfa.evaluation.statistics import holm, paired_comparison
+from fmfa.evaluation.statistics import hierarchical_interval, holm, paired_comparison
 from fmfa.records import read_record, write_json
 from fmfa.simpedes import is_simpedes, read_dataset_record
 
@@ -123,6 +123,25 @@ def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
         queries = path.parent / f"queries-{split}.csv"
         if queries.is_file():
             row |= (100 * pd.read_csv(queries)[list(METRICS)].mean()).to_dict()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Return the mean of each row of the study over its seeds, with 95 % intervals over seeds and identities.
+
+    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone.
+    """
+    groups: dict[str, list[pd.DataFrame]] = {}
+    for path in sorted(Path(results).glob(f"*/queries-{split}.csv")):
+        groups.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(pd.read_csv(path))
+    rows = []
+    for name, runs in groups.items():
+        row: dict[str, str | int] = {"row": name, "seeds": len(runs), "queries": len(runs[0])}
+        for metric in METRICS:
+            values = np.stack([run[metric].to_numpy() for run in runs])
+            found = hierarchical_interval(values, runs[0]["identity"].to_numpy(), np.random.default_rng(seed))
+            row[metric] = f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
         rows.append(row)
     return pd.DataFrame(rows)
 

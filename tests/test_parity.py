@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,10 @@ def test_differences_are_relative_to_the_largest_reference():
     assert compare("x", 0.5, np.array(0.0)) == ("x", 0.5, 1e-6)
     for wrong in (None, np.ones(3), np.array([1.0, np.nan])):
         assert compare("x", wrong, reference)[1] == np.inf
+
+
+def test_the_command_line_runs_as_a_module():
+    command = [sys.executable, "-m", "fmfa.parity", str(FIXTURES / "fmfa_short.npz")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "quantities, 0 above the limit" in run.stdout

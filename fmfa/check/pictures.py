@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from tqdm.auto import tqdm
 
 from fmfa.check.report import EXAMPLES, Finding, finding
 from fmfa.data.images import load_image, resolve_image
 from fmfa.errors import ImageError
+from fmfa.progress import progress_bar
 
 _CHUNK = 64
 _WORTH_PROCESSES = 1000
@@ -112,7 +112,7 @@ def unreadable(images: Path, relative: list[str], workers: int | None, progress:
     chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
     faults = []
     jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_faults)(images, chunk) for chunk in chunks)
-    with tqdm(total=len(relative), desc="decoding pictures", unit="img", disable=not progress) as bar:
+    with progress_bar(len(relative), "decoding", "pictures", shown=progress) as bar:
         try:
             for chunk, found in zip(chunks, jobs):
                 faults += found

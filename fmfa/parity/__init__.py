@@ -66,7 +66,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{len(rows)} quantities, {failed} above the limit; closest to it: {worst[0]} ({worst[1]:.2e} of {worst[2]:g})"
     )
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..progress import progress_bar
 from ..records import write_json
 from .camera import BASE_SIZE, CAMERAS, SEASONS, render
 from .captions import STYLES, describe
@@ -142,7 +142,7 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
     ]
     jobs = [(root, recipe, *shard) for shard in shards]
     total = sum(count for _, _, count in shards) * recipe.images
-    with tqdm(total=total, desc=f"SimPEDES {recipe.domain}", unit="img", disable=None if progress else True) as bar:
+    with progress_bar(total, f"SimPEDES {recipe.domain}", "pictures", shown=progress) as bar:
         workers = min(workers or os.cpu_count() or 1, len(jobs))
         if workers > 1:
             with ProcessPoolExecutor(workers) as pool:

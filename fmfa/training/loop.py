@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fmfa.errors import TrainingError
 from fmfa.models.distributed import total, world_size
 from fmfa.models.interfaces import ModelOutput
+from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
 from fmfa.training.checkpoints import (
     find_checkpoint,
@@ -134,13 +134,9 @@ class TrainingLoop:
         epoch, count = progress.epoch, self.batches.count(progress.epoch)
         set_learning_rate(self.optimizer, config, epoch)
         self.prepared.train()
-        bar = tqdm(
-            total=count,
-            initial=progress.batch,
-            desc=f"epoch {epoch + 1}/{config.epochs}",
-            leave=False,
-            disable=None if self.accelerator.is_main_process else True,
-        )
+        shown = self.accelerator.is_main_process
+        title = f"epoch {epoch + 1}/{config.epochs}"
+        bar = progress_bar(count, title, "batches", initial=progress.batch, shown=shown)
         with bar:
             read = self.batches.read(epoch, progress.batch) if progress.batch < count else ()
             for group in _groups(read, config.accumulate):

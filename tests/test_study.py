@@ -1,0 +1,128 @@
+"""Notebooks 02 to 04 as a chain, the workflow's jobs, and a full-size model on a directory in CUHK-PEDES format."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+import yaml
+from formats import write_cuhk
+
+from fmfa.models.clip import ClipRetriever
+from fmfa.parameters import notebook_parameters, resolve_parameters
+from fmfa.results import METRICS, paired_table, run_results
+from fmfa.runner import run_notebook
+from fmfa.simpedes import generate, recipe
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def run(name, output, **parameters):
+    record = run_notebook(NOTEBOOKS / name, output, parameters, timeout=600)
+    cells = nbformat.read(record["output"], as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    figures = sum("image/png" in output.get("data", {}) for output in outputs)
+    text = "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    return record, text, figures
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("tiny"), recipe("tiny"), workers=1, progress=False)
+
+
+@pytest.mark.xdist_group("notebooks-1")
+def test_train_evaluate_compare(tiny, tmp_path):
+    results = tmp_path / "results"
+    for method in ("clip", "fmfa"):
+        folder = results / f"{method}-0"
+        data = {"dataset": "SimPEDES-street", "root": str(tiny)}
+        record, text, figures = run(
+            "02_train.ipynb", folder / "train.ipynb", method=method, epochs=2, run=str(folder), seed=3,
+            learning_rate="5e-5", log_gradients_every=2, **data,
+        )  # fmt: skip
+        assert record["status"] == "finished"
+        assert "192 training pairs, 24 identities" in text
+        assert f"run folder: {folder}" in text
+        assert figures == (3 if method == "fmfa" else 2)
+        assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-5
+        record, text, figures = run("03_evaluate.ipynb", folder / "evaluate.ipynb", run=str(folder), **data)
+        assert record["status"] == "finished"
+        assert "ceiling of the captions" in text
+        assert figures >= 4
+        for name in ("train.html", "evaluate.html", "run.json", "metrics.csv", "queries-test.csv"):
+            assert (folder / name).is_file(), name
+    (results / "broken-0").mkdir()
+    (results / "broken-0" / "run.json").write_text(json.dumps({"status": "failed", "error": "disk full"}))
+    record, text, figures = run(
+        "04_ablation.ipynb", results / "comparison.ipynb", results=str(results), baseline="clip-0"
+    )
+    assert record["status"] == "finished"
+    assert figures == 1
+    table = run_results(results).set_index("run")
+    assert table.loc["broken-0", "status"] == "failed"
+    queries = pd.read_csv(results / "fmfa-0" / "queries-test.csv")
+    assert table.loc["fmfa-0", "R@1"] == pytest.approx(100 * (queries["first_rank"] == 1).mean())
+    assert table.loc["fmfa-0", list(METRICS)].between(0, 100).all()
+    difference = paired_table(results, "clip-0").set_index("run").loc["fmfa-0", "R@1 difference"]
+    assert difference == pytest.approx(table.loc["fmfa-0", "R@1"] - table.loc["clip-0", "R@1"])
+
+
+@pytest.mark.xdist_group("notebooks-2")
+def test_a_full_size_model_takes_three_steps_on_real_format(tmp_path):
+    write_cuhk(tmp_path / "data", identities=(3, 1, 1))
+    openai = ClipRetriever("ViT-B-16-quickgelu", seed=5).state_dict()
+    weights = {name.removeprefix("clip."): tensor.half() for name, tensor in openai.items()}
+    weights |= {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77)}
+    torch.save(weights, tmp_path / "ViT-B-16.pt")
+    del openai, weights
+    folder = tmp_path / "run"
+    record, text, _ = run(
+        "02_train.ipynb", folder / "train.ipynb", method="fmfa", dataset="CUHK-PEDES", root=str(tmp_path / "data"),
+        backbone="ViT-B-16-quickgelu", weights=str(tmp_path / "ViT-B-16.pt"), epochs=1, batch_size=4,
+        log_gradients_every=0, run=str(folder),
+    )  # fmt: skip
+    assert record["status"] == "finished"
+    assert "1 resized" in text
+    kept = json.loads((folder / "run.json").read_text())
+    assert kept["steps"] == 3
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["image_height"], config["image_width"]) == (384, 128)
+    shutil.rmtree(folder / "checkpoints")
+
+
+def test_every_row_of_the_study_is_parameters_of_the_notebook():
+    study = yaml.safe_load((ROOT / "study.yml").read_text())
+    declared = notebook_parameters(NOTEBOOKS / "02_train.ipynb")
+    for scale in study["scales"].values():
+        assert scale["baseline"] in {f"{row}-{seed}" for row in scale["rows"] for seed in scale["seeds"]}
+        for row in scale["rows"]:
+            resolve_parameters(declared, {**scale["data"], **scale["train"], **study["rows"][row]})
+        resolve_parameters(notebook_parameters(NOTEBOOKS / "01_data.ipynb"), scale["data"])
+
+
+def test_the_workflow_plans_one_training_and_one_evaluation_a_run(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("Snakefile", "study.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("notebooks", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = ["snakemake", "--dry-run", "--cores", "2", "--config", "scale=quick"]
+    plan = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    rows = len(yaml.safe_load((ROOT / "study.yml").read_text())["scales"]["quick"]["rows"])
+    for rule, count in (("data", 1), ("train", rows), ("evaluate", rows), ("compare", 1)):
+        assert f"rule {rule}:" in plan.stdout
+        assert plan.stdout.count(f"rule {rule}:") == count
