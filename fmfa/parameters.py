@@ -196,4 +196,7 @@ def _last_declared(namespace: Mapping[str, Any]) -> dict[str, Parameter]:
                 return declared
         except ConfigError:
             continue  # a cell of another kind
+    # nbval runs cells without history, so that `In` stays empty; the types of the declared names remain.
+    if annotations := namespace.get("__annotations__"):
+        return {name: Parameter(name, kind, namespace[name], "") for name, kind in annotations.items()}
     raise ConfigError("no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)")

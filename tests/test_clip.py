@@ -330,7 +330,7 @@ def test_presets():
     for dataset, expected in margins.items():
         wanted = objectives("fmfa", dataset=dataset)
         assert (wanted.efa_margin_text, wanted.efa_margin_image) == expected
-        assert wanted.asdm_alpha == (1 if dataset == "RSTPReid" else 10)
+        assert wanted.asdm_alpha == (10 if dataset in ("CUHK-PEDES", "ICFG-PEDES", "my own") else 1)
     irra = objectives("irra", "released")
     assert (irra.sdm, irra.id, irra.irr, irra.asdm, irra.efa, irra.retrieval_sees_mask) == (
         1,

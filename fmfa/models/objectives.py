@@ -99,8 +99,9 @@ def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", 
 
     `clip` is ITC alone, `irra` SDM + ID + IRR, `fmfa` A-SDM + ID + IRR + EFA, each with weight 1. The
     data set decides FMFA's alpha and margins under `paper` (others than the three of the paper get those
-    of CUHK-PEDES). `released` lets the retrieval branch of IRRA and FMFA see the masked caption; plain
-    CLIP fine-tuning has no masked captions.
+    of CUHK-PEDES; on SimPEDES alpha is 1, because at 10 training collapses from the tiny start). `released`
+    lets the retrieval branch of IRRA and FMFA see the masked caption; plain CLIP fine-tuning has no masked
+    captions.
 
     Args:
         method: "clip", "irra" or "fmfa".
@@ -128,7 +129,7 @@ def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", 
     if preset == "paper":
         margin_text, margin_image = PAPER_MARGINS.get(dataset, PAPER_MARGINS["CUHK-PEDES"])
         forms = {
-            "asdm_alpha": 1.0 if dataset == "RSTPReid" else 10.0,
+            "asdm_alpha": 1.0 if dataset == "RSTPReid" or dataset.startswith("SimPEDES") else 10.0,
             "efa_margin_text": margin_text,
             "efa_margin_image": margin_image,
         }
