@@ -70,12 +70,22 @@ def test_01_on_a_real_format(run, tmp_path, dataset, write, first_line):
     assert figures == 3  # counts, captions, pictures; the rest is known of SimPEDES alone
 
 
+@SECOND
+@pytest.mark.parametrize("name", ["01_data", "03_evaluate", "04_ablation"])
+def test_a_notebook_with_its_defaults_by_nbval(monkeypatch, name):
+    by_nbval(monkeypatch, ROOT / "notebooks" / f"{name}.ipynb")
+
+
 @FIRST
-def test_01_by_nbval(monkeypatch):
+def test_02_with_its_defaults_by_nbval(monkeypatch):
+    by_nbval(monkeypatch, ROOT / "notebooks" / "02_train.ipynb")
+
+
+def by_nbval(monkeypatch, notebook):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
-    command += ["--nbval-lax", "--nbval-current-env", str(DATA)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    cells = [cell for cell in nbformat.read(DATA, as_version=4).cells if cell.cell_type == "code"]
+    command += ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=900", str(notebook)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"{len(cells)} passed" in done.stdout

@@ -20,11 +20,9 @@ def ceiling(root: str | Path, split: str) -> dict[str, float]:
     """
     vectors: dict[int, tuple[str, ...]] = {}
     pictures: Counter[int] = Counter()
-    queries: list[tuple[int, dict[str, tuple[str, ...]]]] = []
     for record in read_truth(root, split):
         vectors.setdefault(record["id"], tuple(record["attributes"][name] for name in ATTRIBUTES))
         pictures[record["id"]] += 1
-        queries += [(record["id"], told_truly(caption)) for caption in record["captions"]]
     table = np.array(list(vectors.values()))
     has_value = {
         (name, value): table[:, column] == value
@@ -33,18 +31,20 @@ def ceiling(root: str | Path, split: str) -> dict[str, float]:
     }
     copies = np.array([pictures[identity] for identity in vectors])
     fits: Counter[tuple[int, int]] = Counter()
-    identities = 0
-    for identity, told in queries:
-        fitting = np.ones(len(table), bool)
-        for name, values in told.items():
-            fitting &= np.logical_or.reduce([has_value[name, v] for v in values if (name, v) in has_value])
-        fits[int(copies[fitting].sum()), pictures[identity]] += 1
-        identities += int(fitting.sum())
+    identities = queries = 0
+    for record in read_truth(root, split):  # read twice, so that memory does not grow with the captions
+        for caption in record["captions"]:
+            fitting = np.ones(len(table), bool)
+            for name, values in told_truly(caption).items():
+                fitting &= np.logical_or.reduce([has_value[name, v] for v in values if (name, v) in has_value])
+            fits[int(copies[fitting].sum()), pictures[record["id"]]] += 1
+            identities += int(fitting.sum())
+            queries += 1
     totals: Counter[str] = Counter()
     for (size, relevant), count in fits.items():
         for name, value in random_ranking(size, relevant).items():
-            totals[name] += float(value) * count / len(queries)
-    return {**totals, "fitting_identities": identities / len(queries)}
+            totals[name] += float(value) * count / queries
+    return {**totals, "fitting_identities": identities / queries}
 
 
 def told_truly(caption: dict) -> dict[str, tuple[str, ...]]:

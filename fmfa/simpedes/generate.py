@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from ..errors import ConfigError
@@ -122,16 +123,27 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
         ConfigError: `root` holds a data set of another recipe.
     """
     root = Path(root)
-    if (root / "recipe.json").exists():
-        found = json.loads((root / "recipe.json").read_text())
-        if found != asdict(recipe):
-            differing = {k: (found.get(k), v) for k, v in asdict(recipe).items() if found.get(k) != v}
-            raise ConfigError(
-                f"{root} holds a SimPEDES of another recipe: {differing} (found, asked for). "
-                f"Choose another folder, or delete this one."
-            )
-        if (root / "dataset.json").exists():
-            return root
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):  # two notebooks may ask for the same data set at once
+        _refuse_other_recipe(root, recipe)
+        if not (root / "dataset.json").exists():
+            _generate(root, recipe, workers, progress)
+    return root
+
+
+def _refuse_other_recipe(root: Path, recipe: Recipe) -> None:
+    if not (root / "recipe.json").exists():
+        return
+    found = json.loads((root / "recipe.json").read_text())
+    if found != asdict(recipe):
+        differing = {k: (found.get(k), v) for k, v in asdict(recipe).items() if found.get(k) != v}
+        raise ConfigError(
+            f"{root} holds a SimPEDES of another recipe: {differing} (found, asked for). "
+            f"Choose another folder, or delete this one."
+        )
+
+
+def _generate(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
     (root / "truth").mkdir(parents=True, exist_ok=True)
     write_json(root / "recipe.json", asdict(recipe))
     started = time.time()
@@ -163,7 +175,6 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
             "seconds": round(time.time() - started, 1),
         },
     )
-    return root
 
 
 def shard_name(split: str, first: int) -> str:
