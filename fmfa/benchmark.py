@@ -61,9 +61,8 @@ def main() -> None:
         found[method] = json.loads(run.stdout.splitlines()[-1])
     for method, values in found.items():
         ratios = [values[key] / found["irra"][key] for key in ("seconds", "MiB")]
-        print(
-            f"{method:5} {values['seconds']:.3f} s ({ratios[0]:.2f} x IRRA), +{values['MiB']:.0f} MiB ({ratios[1]:.2f} x)"
-        )
+        seconds = f"{values['seconds']:.3f} s ({ratios[0]:.2f} x IRRA)"
+        print(f"{method:5} {seconds}, +{values['MiB']:.0f} MiB ({ratios[1]:.2f} x)")
 
 
 if __name__ == "__main__":
