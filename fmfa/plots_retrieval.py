@@ -35,6 +35,7 @@ def plot_training(run_folder: str | Path) -> Figure:
     if names[1:] == ["total"]:  # a single loss is the total
         names = names[:1]
     recall = table[(table["split"] == "val") & (table["metric"] == "R@1")]
+    recall = recall.assign(value=100 * recall["value"])  # logged as a fraction
     curves = [(f"loss: {n}", "weighted loss", epochs.index, epochs[f"loss/{n}"]) for n in names]
     if len(recall):
         curves.insert(0, ("validation", "R@1 (%)", recall["epoch"], recall["value"]))

@@ -1,6 +1,8 @@
 """What an evaluated run leaves behind, and the tables that compare runs."""
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +91,19 @@ def _percent(values: dict[str, float]) -> dict[str, str]:
     return {name: f"{100 * values[name]:.1f}" for name in METRICS}
 
 
-def save_evaluation(evaluation: Evaluation, dataset: Dataset, split: str, folder: str | Path) -> None:
-    """Write `evaluation-SPLIT.json` (metrics, intervals, chance, ceiling) and `queries-SPLIT.csv` (one row a query)."""
+def save_evaluation(
+    evaluation: Evaluation, dataset: Dataset, split: str, folder: str | Path, start: Evaluation | None = None
+) -> None:
+    """Write `evaluation-SPLIT.json` (metrics, intervals, chance, ceiling) and `queries-SPLIT.csv` (one row a query).
+
+    `start` is the evaluation of the weights that training began with, kept as the zero-shot level.
+    """
     folder = Path(folder)
     record = {"dataset": dataset.name, "split": split, "metrics": evaluation.table().round(4).to_dict("records")}
     if is_simpedes(dataset.images.parent):
         record["ceiling"] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    if start:
+        record["zero_shot"] = start.table().round(4).to_dict("records")
     queries = evaluation.per_query()[["identity", "image", "first_rank", *METRICS]]
     queries.to_csv(folder / f"queries-{split}.csv", index=False, float_format="%.6g")
     write_json(folder / f"evaluation-{split}.json", record)
@@ -130,7 +139,8 @@ def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
 def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
     """Return the mean of each row of the study over its seeds, with 95 % intervals over seeds and identities.
 
-    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone.
+    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone. Chance, the zero-shot level
+    of the starting weights and the ceiling of the captions follow, as far as the evaluations know them.
     """
     groups: dict[str, list[pd.DataFrame]] = {}
     for path in sorted(Path(results).glob(f"*/queries-{split}.csv")):
@@ -143,7 +153,22 @@ def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.D
             found = hierarchical_interval(values, runs[0]["identity"].to_numpy(), np.random.default_rng(seed))
             row[metric] = f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows + _references(results, split)).fillna("")
+
+
+def _references(results: str | Path, split: str) -> list[dict[str, str]]:
+    known: dict[str, dict[str, str]] = {}
+    for path in sorted(Path(results).glob(f"*/evaluation-{split}.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        forward = [m for m in record["metrics"] if m["direction"] == TEXT_TO_IMAGE]
+        known["chance"] = {m["metric"]: f"{m['chance']:.1f}" for m in forward}
+        for m in record.get("zero_shot", ()):
+            if m["direction"] == TEXT_TO_IMAGE:
+                level = f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
+                known.setdefault("zero-shot", {})[m["metric"]] = level
+        if record.get("ceiling"):
+            known["ceiling of the captions"] = _percent(record["ceiling"])
+    return [{"row": name, **values} for name, values in known.items()]
 
 
 def paired_table(results: str | Path, baseline: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
@@ -204,3 +229,20 @@ def published_table() -> pd.DataFrame:
     table = pd.read_csv(PUBLISHED)
     table = table[~table["method"].str.startswith("ablation")]
     return table.pivot_table(index=["method", "initialisation"], columns="dataset", values="R1", sort=False)
+
+
+def export_results(results: str | Path, target: str | Path) -> None:
+    """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
+
+    `python -m fmfa.results runs/seeds data/results/seeds` makes the committed tables.
+    """
+    for record in sorted(Path(results).glob("*/run.json")):
+        folder = Path(target) / record.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("run.json", "evaluation-*.json", "queries-*.csv"):
+            for path in record.parent.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+
+
+if __name__ == "__main__":
+    export_results(*sys.argv[1:3])

@@ -48,7 +48,7 @@ def write_run(folder, epochs=2, losses=("id", "asdm", "efa"), validation=True, g
     folder.mkdir(parents=True)
     log = MetricsLog(folder)
     if validation:
-        log.add("val", 0, 0, {"R@1": 11.0, "mAP": 5.0})
+        log.add("val", 0, 0, {"R@1": 0.11, "mAP": 0.05})
     for epoch in range(1, epochs + 1):
         if gradients:
             values = {f"{loss}/{feature}_tokens": 0.1 * epoch for loss in losses for feature in ("image", "text")}
@@ -59,7 +59,7 @@ def write_run(folder, epochs=2, losses=("id", "asdm", "efa"), validation=True, g
             values |= sides | {"asdm_weight_text": 1.5}
         log.add("train", epoch, 3 * epoch, values)
         if validation:
-            log.add("val", epoch, 3 * epoch, {"R@1": 20.0 - epoch, "mAP": 9.0})
+            log.add("val", epoch, 3 * epoch, {"R@1": (20 - epoch) / 100, "mAP": 0.09})
     return folder
 
 
@@ -98,7 +98,7 @@ def test_a_single_loss_is_shown_once_and_no_validation_not_at_all(tmp_path):
     with pytest.raises(TrainingError, match=r"nothing holds no metrics of a training run"):
         plots.plot_training(tmp_path / "nothing")
     only_start = MetricsLog(tmp_path)
-    only_start.add("val", 0, 0, {"R@1": 3.0})
+    only_start.add("val", 0, 0, {"R@1": 0.03})
     assert titles(drawn(plots.plot_training(tmp_path))) == ["validation, best 3.0 % after epoch 0"]
 
 
