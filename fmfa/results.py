@@ -84,7 +84,7 @@ def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -
         known = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
         if known:
             rows.append({"system": "ceiling of the captions", "direction": TEXT_TO_IMAGE} | _percent(known))
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("")
 
 
 def _percent(values: dict[str, float]) -> dict[str, str]:
@@ -153,7 +153,7 @@ def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.D
             found = hierarchical_interval(values, runs[0]["identity"].to_numpy(), np.random.default_rng(seed))
             row[metric] = f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
         rows.append(row)
-    return pd.DataFrame(rows + _references(results, split)).fillna("")
+    return pd.DataFrame(rows + _references(results, split), dtype=object).fillna("")
 
 
 def _references(results: str | Path, split: str) -> list[dict[str, str]]:
