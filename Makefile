@@ -25,6 +25,7 @@ SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --config scale=$(SCALE)
 study: $(READY)  ## the main job on the embedded data, into runs/ (SCALE=quick, or another of study.yml)
 	@$(SNAKEMAKE) --unlock --quiet all 2>/dev/null || true
 	@$(SNAKEMAKE) --cores all --rerun-incomplete --keep-incomplete --keep-going --rerun-triggers mtime --quiet rules
+	@echo "The data: $(CURDIR)/runs/$(SCALE)/data.html"
 	@echo "The comparison: $(CURDIR)/runs/$(SCALE)/comparison.html"
 
 test: $(READY)  ## every test, the linter and the notebooks

@@ -64,10 +64,16 @@ class Rendering:
 
     image: np.ndarray  # uint8 [H, W, 3]
     parts: np.ndarray  # uint8 [H, W], positions in PARTS: what each pixel's centre shows
-    touched: np.ndarray  # uint16 [H, W]: bit k is set where any of the pixel's samples shows part k
+    samples: np.ndarray  # uint8 [S * H, S * W], the part that each sample of a pixel shows
     visible: dict[str, float]  # fraction of the crop that each part covers, measured at BASE_SIZE
     view: View
     occluder: str  # "none", "pole", "bench" or "bush"
+
+    def touches(self, part: str) -> np.ndarray:
+        """Return where any sample of a pixel shows a part: bool [H, W]."""
+        height, width = self.parts.shape
+        shown = self.samples == PARTS.index(part)
+        return shown.reshape(height, len(shown) // height, width, -1).any(axis=(1, 3))
 
 
 def render(person: Person, camera: Camera, seed, size: tuple[int, int] = BASE_SIZE) -> Rendering:
@@ -83,16 +89,16 @@ def render(person: Person, camera: Camera, seed, size: tuple[int, int] = BASE_SI
     place = rng.random(8)
     canvas, indices = _draw(person, view, size, occluder, place)
     base = indices if size == BASE_SIZE else _draw(person, view, BASE_SIZE, occluder, place)[1]
-    covered = np.bincount(canvas.part_of[base].ravel(), minlength=len(PARTS)) / base.size
     step = canvas.supersampling
-    parts = canvas.part_of[indices[step // 2 :: step, step // 2 :: step]]
-    bits = (1 << canvas.part_of.astype(np.uint16))[indices].reshape(size[0], step, size[1], step)
-    touched = np.bitwise_or.reduce(bits, axis=(1, 3))
+    samples = canvas.part_of[indices]
+    parts = samples[step // 2 :: step, step // 2 :: step]
+    canonical = samples if base is indices else canvas.part_of[base]
+    covered = np.bincount(canonical.ravel(), minlength=len(PARTS)) / base.size
     background = draw_background(camera, view, size, rng)
     image = composite(canvas, indices, background)
     image = degrade(image, camera, rng)
     visible = dict(zip(PARTS, covered.round(6).tolist(), strict=True))
-    return Rendering(image, parts, touched, visible, view, occluder)
+    return Rendering(image, parts, samples, visible, view, occluder)
 
 
 def draw_view(camera: Camera, rng: np.random.Generator) -> View:
@@ -184,7 +190,7 @@ def _passer_by(draw: ImageDraw.ImageDraw, size: tuple[int, int], u: list[float])
 def composite(canvas: Canvas, indices: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Lay a painted canvas over a background of the output size; returns uint8 [H, W, 3]."""
     rows, columns = indices.shape
-    painted = np.ascontiguousarray(canvas.palette[indices])
+    painted = np.take(canvas.palette.view(np.uint32)[:, 0], indices)  # four bytes a pixel in one look-up
     # "RGBX" averages four plain channels; "RGBA" would be multiplied by its alpha on the way.
     figure = Image.frombuffer("RGBX", (columns, rows), painted.tobytes(), "raw", "RGBX", 0, 1)
     if canvas.supersampling > 1:
@@ -204,10 +210,11 @@ def degrade(image: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.n
         picture = picture.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR)
     picture = picture.filter(ImageFilter.GaussianBlur(camera.blur * (0.5 + u[1]) * height / 96))
     gain, gamma = camera.gain * (0.88 + 0.24 * u[2]), camera.gamma * (0.94 + 0.12 * u[3])
+    grey = [255 * (v / 255) ** gamma * gain for v in range(256)]
     table = [
-        min(255, int(255 * (v / 255) ** gamma * gain * cast * (0.97 + 0.06 * jitter) + 0.5))
-        for cast, jitter in zip(camera.cast, u[4:7], strict=True)
-        for v in range(256)
+        min(255, int(level * cast * tint + 0.5))
+        for cast, tint in zip(camera.cast, (0.97 + 0.06 * jitter for jitter in u[4:7]), strict=True)
+        for level in grey
     ]
     pixels = np.asarray(picture.point(table)).astype(np.int32)
     # Four bytes add up to something close to a normal variable of standard deviation 147.8, exactly the same everywhere.

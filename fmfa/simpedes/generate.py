@@ -102,10 +102,10 @@ def pictures(recipe: Recipe, split: str, first: int, count: int) -> Iterator[tup
                 "attributes": person.to_dict(),
                 "camera": camera.name,
                 "seed": seed,
-                "view": asdict(picture.view),
+                "view": dict(vars(picture.view)),
                 "occluder": picture.occluder,
                 "visible": picture.visible,
-                "captions": [{"text": c.text, "phrases": [asdict(p) for p in c.phrases]} for c in captions],
+                "captions": [{"text": c.text, "phrases": [dict(vars(p)) for p in c.phrases]} for c in captions],
             }
             yield record, picture.image, picture.parts
 

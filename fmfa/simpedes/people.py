@@ -1,6 +1,6 @@
 """Who is in SimPEDES: attribute vectors, their frequencies, and families of look-alikes."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Person:
 
     def to_dict(self) -> dict[str, str]:
         """Return the attributes as a plain dictionary, in declaration order."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 ATTRIBUTES = tuple(field.name for field in fields(Person))
