@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmfa needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages into $(VENV) (some 2 to 5 minutes the first time) ..."
-	$(BIN)/pip install --disable-pip-version-check --progress-bar on --quiet \
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on \
 		--constraint constraints.txt --editable .[test]
 	@touch $@
 
