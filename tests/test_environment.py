@@ -100,7 +100,7 @@ def test_make_installs_the_same_two_lines():
     given = [" ".join(pair) for pair in pairwise(words) if pair[0] in ("--constraint", "--editable")]
     assert given == INSTALL
     others = set(words) - {word for line in INSTALL for word in line.split()}
-    assert others == {"--disable-pip-version-check", "--progress-bar", "on", "--quiet"}
+    assert others == {"--disable-pip-version-check", "--progress-bar", "on"}
 
 
 def test_the_environment_is_renewed_when_its_files_change():
