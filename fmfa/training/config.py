@@ -191,7 +191,7 @@ def preset_values(method: str, preset: str, dataset: str) -> dict[str, str | int
     if simpedes:
         values |= {"image_height": 96, "image_width": 32, "stride": 8, "epochs": 10, "warmup_epochs": 1}
         if method != "ivt":
-            rate = {"fmfa": 3e-4}.get(method, 1e-3)  # the best of three on validation, scale small, 5 epochs
+            rate = {"fmfa": 3e-4}.get(method, 1e-3)  # the best tried on validation, scale small, 5 epochs
             values |= {"optimizer": "adamw", "learning_rate": rate, "eps": 1e-8, "batch_size": 64}
     return values
 
