@@ -9,18 +9,15 @@ from PIL import Image
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertLMPredictionHead
 
-from fmfa import pretrain_ivt
-from fmfa.data.pretraining_pairs import ImageCaptionList, PretrainingPairs, collate_pairs
+from fmfa.data.pretraining_pairs import ImageCaptionList, MaskedCaptions, PretrainingPairs, collate_pairs
 from fmfa.data.transforms import ivt_evaluation, ivt_training
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.models import ivt_pretraining
-from fmfa.models.interfaces import ModelOutput
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
 from fmfa.models.ivt_pretraining import FusionEncoder, IvtPretrainer, hard_negatives, itc_uniform
 from fmfa.text.wordpiece import SPECIAL, train_wordpiece_vocabulary, wordpiece_tokenizer
 from fmfa.weights.ivt import load_ivt
-from fmfa.weights.own import read_checkpoint
 
 TINY = IvtConfig(width=32, depth=2, heads=2, image_size=(32, 16), patch=8, stride=8, vocab_size=50, positions=24)
 STILL = replace(TINY, drop_path=0.0, text_dropout=0.0)
@@ -323,9 +320,6 @@ def pair_list(tmp_path):
     records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     (tmp_path / "pairs.json").write_text(json.dumps(records))
     train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "vocab.txt")
-    tokens = len((tmp_path / "vocab.txt").read_text().split("\n")) - 1
-    sizes = {"width": 16, "depth": 1, "heads": 2, "image_size": [32, 16], "patch": 8, "stride": 8}
-    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": tokens, "positions": 24}))
     return tmp_path
 
 
@@ -337,7 +331,8 @@ def test_lists_are_read_and_labelled_by_running_index(pair_list):
     assert caption == "white shoes"
     assert torch.equal(picture, transform.read(pair_list / "4.png"))
     tokenizer = wordpiece_tokenizer(pair_list / "vocab.txt", 50)
-    samples = PretrainingPairs(pairs, tokenizer, ivt_evaluation((32, 16)).finish, seed=0, first=0, count=12)
+    captions, finish = MaskedCaptions(tokenizer), ivt_evaluation((32, 16)).finish
+    samples = PretrainingPairs(pairs, captions, finish, seed=0, first=0, count=12)
     batch = collate_pairs([samples[i] for i in range(12)])
     assert batch["labels"].tolist() == list(range(12))
     assert torch.equal(
@@ -353,11 +348,11 @@ def test_lists_are_read_and_labelled_by_running_index(pair_list):
 
 def test_each_pass_has_every_pair_once_in_another_order(pair_list):
     pairs = ImageCaptionList(pair_list / "pairs.json", pair_list, ivt_training((32, 16)))
-    tokenizer = wordpiece_tokenizer(pair_list / "vocab.txt", 50)
+    captions = MaskedCaptions(wordpiece_tokenizer(pair_list / "vocab.txt", 50))
     finish = ivt_training((32, 16)).finish
 
     def samples(first, count):
-        found = PretrainingPairs(pairs, tokenizer, finish, seed=2, first=first, count=count, shuffle=True, flip=True)
+        found = PretrainingPairs(pairs, captions, finish, seed=2, first=first, count=count, shuffle=True, flip=True)
         return [found[i] for i in range(count)]
 
     passes = [[int(sample["labels"]) for sample in samples(start, 6)] for start in (0, 6)]
@@ -387,77 +382,3 @@ def test_unreadable_pictures_and_wrong_lists_name_the_file(pair_list):
     wrong.write_text(json.dumps([{"image": "../a.png", "caption": "a coat"}]))
     with pytest.raises(ImageError, match="leaves the image folder"):
         ImageCaptionList(wrong, pair_list, transform)[0]
-
-
-def options(folder, **changes):
-    files = {"config": folder / "config.json", "vocabulary": folder / "vocab.txt"}
-    listed = {"list": str(folder / "pairs.json"), "images": str(folder)}
-    return {**files, **listed, "pairs": 9, "batch_size": 3, "fusion_depth": 1, "workers": 0} | changes
-
-
-@pytest.mark.parametrize("source", ["list", "stream"])
-def test_an_interrupted_pre_training_goes_on_exactly(pair_list, monkeypatch, source):
-    monkeypatch.setattr(pretrain_ivt, "_HELD_OUT", 6)
-    given = options(pair_list) if source == "list" else options(pair_list, list="", images="")
-    whole = pretrain_ivt.pretrain(pair_list / "whole.safetensors", **given)
-    step, seen = pretrain_ivt.train_step, []
-
-    def interrupted(*arguments):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(arguments)
-        return step(*arguments)
-
-    monkeypatch.setattr(pretrain_ivt, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain_ivt.pretrain(pair_list / "part.safetensors", **given)
-    monkeypatch.setattr(pretrain_ivt, "train_step", step)
-    torch.rand(7)  # the default generator stands elsewhere
-    assert (pair_list / "part.resume").exists()
-    part = pretrain_ivt.pretrain(pair_list / "part.safetensors", **given)
-    assert not (pair_list / "part.resume").exists()
-    strip = [[{k: v for k, v in point.items() if k != "seconds"} for point in run["curve"]] for run in (whole, part)]
-    assert strip[0] == strip[1]
-    assert len(strip[0]) == 3
-    (state, record), (again, _) = (read_checkpoint(pair_list / f"{name}.safetensors") for name in ("whole", "part"))
-    assert all(torch.equal(state[name], again[name]) for name in state)
-    model = IvtRetriever.from_config(record["model"])
-    model.load_state_dict(state)
-    start = IvtRetriever.from_config(record["model"]).state_dict()
-    assert not torch.equal(state["encoder_vl.blocks.0.attn.qkv.weight"], start["encoder_vl.blocks.0.attn.qkv.weight"])
-    assert record["budget"]["parameters"] > record["budget"]["encoder_parameters"] > 0
-
-
-def test_what_does_not_fit_is_refused(pair_list):
-    for changes, message in (
-        ({"vocabulary": pretrain_ivt.VOCABULARY}, "pieces, the configuration vocab_size"),
-        ({"images": ""}, "go together"),
-        ({"pairs": 2}, "fewer pairs than one batch"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            pretrain_ivt.pretrain(pair_list / "out.safetensors", **options(pair_list, **changes))
-
-
-def test_operations_of_a_linear_layer_are_counted():
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(7, 5)
-
-        def forward(self, batch):
-            return ModelOutput(losses={"loss": self.layer(batch["images"]).sum()})
-
-    # Forward and the gradient of the weights; the images need none.
-    assert pretrain_ivt.training_flops(Plain(), {"images": torch.ones(4, 7)}) == 2 * 2 * 7 * 5
-
-
-def test_the_shipped_configuration_fits_its_vocabulary_and_counts():
-    sizes = json.loads(pretrain_ivt.TINY_IVT.read_text())
-    tokenizer = wordpiece_tokenizer(pretrain_ivt.VOCABULARY, sizes["positions"])
-    assert tokenizer.vocab_size == sizes["vocab_size"]
-    model = pretrain_ivt.build(sizes, 2, 0.4, 0)
-    assert model.encoder_vl.pos_embed.std().item() == pytest.approx(0.4, rel=0.05)
-    assert 4 * sum(p.numel() for p in model.encoder_vl.parameters()) < 10e6
-    unknown = tokenizer.decode([1])
-    text = "The woman, 25, wears a zebra-striped (XL) coat & carries 2 bags @ 10 o'clock!"
-    assert unknown[0] not in tokenizer.decode(tokenizer([text])[0])

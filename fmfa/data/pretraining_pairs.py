@@ -16,6 +16,7 @@ from fmfa.data.images import resolve_image
 from fmfa.data.transforms import ImageTransform
 from fmfa.errors import AnnotationError
 from fmfa.text.span_masking import SpanMasking, prepare_caption
+from fmfa.text.tokens import Tokenizer
 from fmfa.text.wordpiece import WordPieceTokenizer
 
 
@@ -82,8 +83,39 @@ class ImageCaptionList(Dataset):
                 self.skipped += 1
 
 
+class Captions(Protocol):
+    """From a caption to what a model reads of it."""
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Rows of ids, int64 [L]; everything random derives from the seed."""
+
+
+class PlainCaptions:
+    """A caption as it is: `caption_ids`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Encode a caption; nothing is random."""
+        return {"caption_ids": self.tokenizer([caption])[0]}
+
+
+class MaskedCaptions:
+    """A prepared caption with masked words: `caption_ids`, `masked_ids` and `masked_labels`."""
+
+    def __init__(self, tokenizer: WordPieceTokenizer) -> None:
+        self.tokenizer, self._masking = tokenizer, SpanMasking(tokenizer)
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Encode a caption and hide words of it."""
+        ids = self.tokenizer([prepare_caption(caption)])[0]
+        masked_ids, masked_labels = self._masking(ids, np.random.default_rng(seed))
+        return {"caption_ids": ids, "masked_ids": masked_ids, "masked_labels": masked_labels}
+
+
 class PretrainingPairs(Dataset):
-    """The pairs that pre-training sees, in order, with masked words; one sample a position.
+    """The pairs that pre-training sees, in order; one sample a position.
 
     Position p is pair p of the source, or, shuffled, pair p % len of the order of pass p // len. Everything
     random about a sample derives from (seed, position), so that training resumes anywhere.
@@ -92,7 +124,7 @@ class PretrainingPairs(Dataset):
     def __init__(
         self,
         source: PairSource,
-        tokenizer: WordPieceTokenizer,
+        captions: Captions,
         finish: nn.Module,
         *,
         seed: int,
@@ -105,17 +137,16 @@ class PretrainingPairs(Dataset):
 
         Args:
             source: the pairs.
-            tokenizer: of the prepared captions; its context limits their length.
+            captions: from a caption to ids.
             finish: of an `ImageTransform`: uint8 [3, H, W] to the network's float32.
-            seed: of order, augmentation and masked words.
+            seed: of order, augmentation and words.
             first: first position.
             count: number of positions.
             shuffle: a new order of the source at each pass.
             flip: mirror half of the pictures.
         """
-        self.source, self.tokenizer, self.finish = source, tokenizer, finish
+        self.source, self.captions, self.finish = source, captions, finish
         self.seed, self.first, self.count, self.shuffle, self.flip = seed, first, count, shuffle, flip
-        self._masking = SpanMasking(tokenizer)
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -123,7 +154,7 @@ class PretrainingPairs(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The sample: `images` [3, H, W], `caption_ids`, `masked_ids`, `masked_labels` [L], `labels` [].
+        """The sample: `images` [3, H, W], what `captions` gives, each [L], and `labels` [].
 
         The label is the pair's number in the source. Raises ImageError for an unreadable picture.
         """
@@ -131,15 +162,8 @@ class PretrainingPairs(Dataset):
         pair = self._pair(position)
         picture, caption = self.source[pair]
         pixel_seed, word_seed = np.random.SeedSequence([self.seed, 0, position]).generate_state(2, np.uint64).tolist()
-        ids = self.tokenizer([prepare_caption(caption)])[0]
-        masked_ids, masked_labels = self._masking(ids, np.random.default_rng(word_seed))
-        return {
-            "images": self._augment(picture, pixel_seed),
-            "caption_ids": ids,
-            "masked_ids": masked_ids,
-            "masked_labels": masked_labels,
-            "labels": torch.tensor(pair),
-        }
+        words = self.captions(caption, word_seed)
+        return {"images": self._augment(picture, pixel_seed), **words, "labels": torch.tensor(pair)}
 
     def _pair(self, position: int) -> int:
         if not self.shuffle:

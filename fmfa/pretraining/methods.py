@@ -1,0 +1,112 @@
+"""What pre-training does differently for CLIP and for IVT: model, words and the treatment of pictures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fmfa.data.pretraining_pairs import Captions, MaskedCaptions, PlainCaptions
+from fmfa.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, fmfa_training, ivt_evaluation, ivt_training
+from fmfa.errors import ConfigError
+from fmfa.models.clip import ClipRetriever, Objectives
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.models.ivt_pretraining import IvtPretrainer
+from fmfa.text.span_masking import CONTEXT
+from fmfa.text.tokens import CLIP_VOCABULARY, SMALL_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
+from fmfa.text.wordpiece import wordpiece_tokenizer
+
+DATA = Path(__file__).parents[2] / "data"
+CONFIGS = {"clip": DATA / "tiny_clip_config.json", "ivt": DATA / "tiny_ivt_config.json"}
+WORDPIECE = DATA / "wordpiece.txt"
+FULL_WIDTH = 768  # that IVT's initial standard deviation of 0.02 was made for
+# Settings that the other method does not have.
+OWN = {"clip": ("tau",), "ivt": ("fusion_depth", "temperature", "matrix_scale")}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """The parts of a method.
+
+    Attributes:
+        model: with the weights that pre-training starts from.
+        captions: from a caption to the ids that the model reads.
+        plain: uint8 [3, H, W] to the network's float32, nothing random.
+        augmented: of the pictures of a list.
+        kept: beginning of the names of the parameters that retrieval needs.
+        config: of those parameters' model.
+        name: in words.
+    """
+
+    model: nn.Module
+    captions: Captions
+    plain: nn.Module
+    augmented: ImageTransform
+    kept: str
+    config: Mapping
+    name: str
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that retrieval needs."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(self.kept)}
+
+
+class ClipPixels(nn.Module):
+    """uint8 to CLIP's normalised float32, by true division.
+
+    torchvision's scaling differs in the last bit, which would change the shipped weights.
+    """
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """Normalise a picture [3, H, W]."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (picture.float() / 255 - mean) / std
+
+
+def clip(settings: Mapping) -> Method:
+    """A CLIP with ITC (InfoNCE at a fixed temperature)."""
+    config = settings["config"]
+    text = config["text_cfg"]
+    context = text.get("context_length", 77)
+    if text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY:
+        tokenizer = clip_tokenizer(context)
+    else:
+        tokenizer = small_tokenizer(settings["vocabulary"] or SMALL_VOCABULARY, context)
+        _check_vocabulary(tokenizer, text["vocab_size"])
+    objectives = Objectives(itc=1.0, tau=settings["tau"])
+    model = ClipRetriever(config, objectives, position_std=settings["position_std"], seed=settings["seed"])
+    augmented = fmfa_training(tuple(model.config["image_size"]))
+    return Method(model, PlainCaptions(tokenizer), ClipPixels(), augmented, "", model.config, "CLIP")
+
+
+def ivt(settings: Mapping) -> Method:
+    """An IVT with ITC, ITM and MLM, whose shared encoder alone is kept."""
+    sizes, seed = settings["config"], settings["seed"]
+    tokenizer = wordpiece_tokenizer(settings["vocabulary"] or WORDPIECE, min(CONTEXT, sizes["positions"]))
+    _check_vocabulary(tokenizer, sizes["vocab_size"])
+    sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
+    model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)
+    words = model.encoder_fusion.cls["predictions"].decoder  # a table, not a matrix
+    with torch.no_grad():
+        model.temp.fill_(settings["temperature"])
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module is not words:
+                module.weight.mul_(settings["matrix_scale"] or (FULL_WIDTH / sizes.width) ** 0.5)
+        generator = torch.Generator().manual_seed(seed + 2)
+        nn.init.normal_(model.encoder_vl.pos_embed, std=settings["position_std"], generator=generator)
+    captions, plain = MaskedCaptions(tokenizer), ivt_evaluation(sizes.image_size).finish
+    config = {name: value for name, value in model.config.items() if name != "fusion_depth"}
+    return Method(model, captions, plain, ivt_training(sizes.image_size), "encoder_vl.", config, "IVT's encoder")
+
+
+METHODS: dict[str, Callable[[Mapping], Method]] = {"clip": clip, "ivt": ivt}
+
+
+def _check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    if tokenizer.vocab_size != size:
+        raise ConfigError(
+            f"the vocabulary has {tokenizer.vocab_size} pieces, the configuration vocab_size {size}; "
+            "give the vocabulary that belongs to the configuration"
+        )
