@@ -145,3 +145,20 @@ def test_resolving_leaves_nothing_open_and_is_idempotent(method, preset, dataset
         assert getattr(resolved, name) > 0
     for name in ("instances", "weight_decay", "warmup_epochs", "mask_image", "mask_text"):
         assert getattr(resolved, name) >= 0
+
+
+def test_a_recipe_is_taken_over_by_the_other_system():
+    names = ("optimizer", "factors", "schedule", "batch_size", "instances", "weight_decay", "warmup_epochs", "recipe")
+    own = ("text_levels", "mask_image", "mask_text", "stride", "image_height")
+    for dataset in ("SimPEDES-street", "CUHK-PEDES"):
+        runs = {
+            (method, recipe): TrainConfig(method=method, recipe=recipe, dataset=dataset).resolved().to_dict()
+            for method in ("fmfa", "ivt")
+            for recipe in ("", "fmfa", "ivt")
+        }
+        for method in ("fmfa", "ivt"):
+            assert runs[method, ""] == runs[method, method if dataset == "CUHK-PEDES" else "fmfa"]
+            for other in ("fmfa", "ivt"):
+                assert all(runs[method, other][name] == runs[other, other][name] for name in names)
+                assert all(runs[method, other][name] == runs[method, method][name] for name in own)
+    assert runs["ivt", "fmfa"]["epochs"] == 60

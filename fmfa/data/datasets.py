@@ -1,18 +1,23 @@
 """Open a data set by name: SimPEDES, made on first use, or a copy of a real one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from fmfa.data.annotations import Dataset, read_dataset
-from fmfa.errors import ConfigError
-from fmfa.simpedes import DOMAINS, SCALES, generate, recipe
+from fmfa.errors import AnnotationError, ConfigError
+from fmfa.simpedes import DOMAINS, SCALES, generate, is_simpedes, read_truth, recipe
 
 PROJECT = Path(__file__).parents[2]
+DATA = PROJECT / "data"
 REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 SIMPEDES = "SimPEDES"
 
 
-def open_dataset(name: str, root: str | Path = "", *, scale: str = "small", seed: int = 0) -> Dataset:
+def open_dataset(
+    name: str, root: str | Path = "", *, scale: str = "small", seed: int = 0, spans: bool = False
+) -> Dataset:
     """Open a data set.
 
     Args:
@@ -21,9 +26,11 @@ def open_dataset(name: str, root: str | Path = "", *, scale: str = "small", seed
             there on first use.
         scale: of SimPEDES without a root: tiny, small, standard or large.
         seed: of SimPEDES without a root, and of the identities held out where a set has no validation split.
+        spans: join the true phrases of the training captions as column `spans`; see `with_phrase_spans`.
 
     Raises:
-        ConfigError: a real or own data set without `root`, or an unknown SimPEDES domain or scale.
+        ConfigError: a real or own data set without `root`, an unknown SimPEDES domain or scale, or `spans` of
+            other data than SimPEDES.
         AnnotationError: the files cannot be read as a data set.
     """
     if name.startswith(SIMPEDES) and not root:
@@ -32,13 +39,48 @@ def open_dataset(name: str, root: str | Path = "", *, scale: str = "small", seed
             known = " or ".join(f"{SIMPEDES}-{d}" for d in DOMAINS)
             raise ConfigError(f"no data set {name!r}; expected {known}, {', '.join(REAL)}, or a root of your own")
         wanted = recipe(scale, domain, seed)
-        root = generate(PROJECT / "data" / "simpedes" / f"{domain}-{scale}-{seed}", wanted)
+        root = generate(DATA / "simpedes" / f"{domain}-{scale}-{seed}", wanted)
     if not root:
         raise ConfigError(
             f"data set {name!r} needs `root`, the folder that holds its annotation file and `imgs/`; "
             f"only {SIMPEDES} is made by the project itself"
         )
-    return read_dataset(root, SIMPEDES if name.startswith(SIMPEDES) else name, seed=seed)
+    dataset = read_dataset(root, SIMPEDES if name.startswith(SIMPEDES) else name, seed=seed)
+    return with_phrase_spans(dataset) if spans else dataset
+
+
+def with_phrase_spans(dataset: Dataset, split: str = "train") -> Dataset:
+    """The data set with the column `spans`: character spans [start, end) of every phrase of a caption.
+
+    Args:
+        dataset: SimPEDES, whose truth files say where each phrase stands.
+        split: whose captions get theirs; the column is None elsewhere.
+
+    Raises:
+        ConfigError: another data set.
+        AnnotationError: a caption that the truth files do not have.
+    """
+    root = dataset.images.parent
+    if not is_simpedes(root):
+        raise ConfigError(
+            f"{dataset.name} ({root}) has no true phrase spans, only {SIMPEDES} has: "
+            "take text_levels 'released' or 'off'"
+        )
+    known = {
+        (record["file_path"], caption["text"]): [(phrase["start"], phrase["end"]) for phrase in caption["phrases"]]
+        for record in read_truth(root, split)
+        for caption in record["captions"]
+    }
+    table = dataset.table
+    chosen = table["split"] == split
+    keys = list(zip(table["image"], table["caption"]))
+    if lost := [key for key, wanted in zip(keys, chosen) if wanted and key not in known]:
+        raise AnnotationError(
+            f"{root}: the truth files lack {len(lost):,} captions of {split}, the first {lost[0][1]!r} of "
+            f"{lost[0][0]}; annotations and truth are of different data: make the data set again"
+        )
+    spans = pd.Series([known.get(key) if wanted else None for key, wanted in zip(keys, chosen)], table.index, object)
+    return replace(dataset, table=table.assign(spans=spans))
 
 
 @dataclass(frozen=True)

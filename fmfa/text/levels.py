@@ -184,7 +184,10 @@ def _draw(candidates: Sequence[str], generator: np.random.Generator) -> str:
 
 def _true_phrases(caption: str, spans: Sequence[tuple[int, int]] | None) -> list[str]:
     if spans is None:
-        raise ConfigError("text levels of form 'true_spans' need the character spans of the phrases")
+        raise ConfigError(
+            "text levels of form 'true_spans' need the character spans of the phrases, which only SimPEDES has; "
+            "take the released cut on other data"
+        )
     for start, end in spans:
         if not 0 <= start < end <= len(caption):
             raise ConfigError(

@@ -1,5 +1,6 @@
 """BERT's WordPiece as IVT feeds it to the network: `[CLS] pieces`, without `[SEP]`."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -55,6 +56,18 @@ class WordPieceTokenizer:
     def offsets(self, caption: str) -> list[tuple[int, int] | None]:
         """Character span [start, end) in `caption` of every position of its row; None for `[CLS]`."""
         return [None, *self._pieces.encode(caption).offsets[: self.context_length - 1]]
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every piece with its id."""
+        return self._pieces.get_vocab(with_added_tokens=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary as a `vocab.txt` that `wordpiece_tokenizer` reads, in one move."""
+        pieces = self.vocabulary
+        part = Path(f"{path}.{os.getpid()}.part")
+        part.write_text("\n".join(sorted(pieces, key=pieces.get)) + "\n", encoding="utf-8")
+        os.replace(part, path)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The token strings of a row of ids, special tokens and padding included."""

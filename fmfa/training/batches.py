@@ -1,14 +1,16 @@
 """The batches of a training run: a data set's training captions, read as the configuration says."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fmfa.data.annotations import Dataset
+from fmfa.data.controls import shuffle_pairs
 from fmfa.data.pairs import PairDataset, make_loader, start_epoch
+from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
 from fmfa.data.transforms import (
     ImageTransform,
@@ -18,7 +20,7 @@ from fmfa.data.transforms import (
     ivt_training,
 )
 from fmfa.errors import ConfigError
-from fmfa.text.levels import text_levels
+from fmfa.text.levels import LEVEL_FORMS, LevelReader
 from fmfa.text.tokens import Tokenizer
 from fmfa.training.config import TrainConfig
 
@@ -33,6 +35,7 @@ class TableBatches:
         tokenizer: Tokenizer,
         *,
         masked: bool,
+        parts: bool = False,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -43,14 +46,24 @@ class TableBatches:
             dataset: what is trained on.
             tokenizer: of the captions.
             masked: whether the model reads masked captions.
+            parts: whether the model reads true part maps.
             rank, processes: which part of every batch is read.
 
         Raises:
             AnnotationError: no split "train".
-            ConfigError: a batch size that does not fit the data or the number of processes.
+            ConfigError: a batch size that does not fit the data or the number of processes, or text levels from
+                true phrases without the column `spans`.
             ImageError: a picture cannot be read.
         """
         self.table = dataset.split("train")
+        if config.pairs == "shuffled":
+            self.table = shuffle_pairs(self.table, config.seed)
+        levels = level_reader(config)
+        if config.text_levels == "spans" and levels.spans not in self.table:
+            raise ConfigError(
+                f"text_levels 'spans' needs the column {levels.spans!r} with the true phrases, which "
+                f"{dataset.name} lacks: open SimPEDES with open_dataset(..., spans=True), or take 'released'"
+            )
         self.loader: DataLoader = make_loader(
             PairDataset(
                 self.table,
@@ -60,7 +73,8 @@ class TableBatches:
                 seed=config.seed,
                 flip="off" if config.augmentation == "none" else config.flip,
                 mask_probability=config.mask_rate if masked else 0.0,
-                levels=levels_hook(config),
+                levels=levels,
+                parts=PartMaps(self.table, dataset.images, tokenizer) if parts else None,
             ),
             _sampler(config, self.table["label"].to_numpy(), rank, processes),
             workers=config.workers,
@@ -90,7 +104,7 @@ def training_transform(config: TrainConfig) -> ImageTransform:
     return fmfa_training(size) if config.augmentation == "full" else fmfa_evaluation(size)
 
 
-def levels_hook(config: TrainConfig) -> Callable[[str, Mapping[str, Any], np.random.Generator], Any] | None:
+def level_reader(config: TrainConfig) -> LevelReader | None:
     """IVT's multi-level alignment as `PairDataset` calls it; None when it is off.
 
     "released" takes the attribute phrases in the column `att` on CUHK-PEDES and clauses elsewhere;
@@ -98,25 +112,19 @@ def levels_hook(config: TrainConfig) -> Callable[[str, Mapping[str, Any], np.ran
     """
     if config.text_levels == "off":
         return None
-    if config.text_levels == "spans":
+    return LevelReader("true_spans" if config.text_levels == "spans" else LEVEL_FORMS.get(config.dataset, "clauses"))
 
-        def true_phrases(caption: str, row: Mapping[str, Any], generator: np.random.Generator) -> Any:
-            if "spans" not in row:
-                raise ConfigError(
-                    "text_levels 'spans' needs the column 'spans' with the true phrases; this data set "
-                    "has none: take 'released'"
-                )
-            return text_levels(caption, generator, form="true_spans", spans=row["spans"])
 
-        return true_phrases
-    form = "attributes" if config.dataset == "CUHK-PEDES" else "clauses"
-
-    def released(caption: str, row: Mapping[str, Any], generator: np.random.Generator) -> Any:
-        attributes = row.get("att") if form == "attributes" else None
-        attributes = attributes if isinstance(attributes, Mapping) else None
-        return text_levels(caption, generator, form=form, attributes=attributes)
-
-    return released
+def describe_levels(config: TrainConfig, table: pd.DataFrame) -> str:
+    """A sentence: the text levels of a resolved configuration, and how many of a table's are the whole caption."""
+    reader = level_reader(config)
+    if reader is None:
+        return "text levels: the whole caption alone"
+    whole = reader.fallbacks(table, np.random.default_rng(config.seed))
+    return (
+        f"text levels ({config.text_levels}): word, phrase and sentence; for want of a piece the whole caption stands "
+        f"in for {whole:,} of {2 * len(table):,} word- and phrase-level texts"
+    )
 
 
 def _sampler(config: TrainConfig, labels: np.ndarray, rank: int, processes: int) -> EpochBatches:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fmfa.errors import CheckpointError, ConfigError
 from fmfa.models.clip import ClipRetriever
+from fmfa.models.ivt import IvtRetriever
 
 
 def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:
@@ -23,7 +24,7 @@ def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor],
     Args:
         path: ends in `.safetensors`; the JSON file has the same stem.
         weights: a module or its state dict.
-        record: what JSON can hold; a `ClipRetriever`'s `config` belongs under "model".
+        record: what JSON can hold; a retriever's `config` belongs under "model".
 
     Raises:
         CheckpointError: another suffix, or a record that JSON cannot hold.
@@ -59,8 +60,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         ) from error
 
 
-def load_retriever(path: str | Path) -> tuple[ClipRetriever, dict]:
-    """Rebuild a `ClipRetriever` from an own checkpoint whose record has its `config` under "model".
+def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict]:
+    """Rebuild the retriever of an own checkpoint whose record has its `config` under "model".
+
+    A configuration with a `backbone` is a `ClipRetriever`'s, one with a `patch` an `IvtRetriever`'s.
 
     Returns:
         The model in evaluation mode, and the record.
@@ -70,11 +73,18 @@ def load_retriever(path: str | Path) -> tuple[ClipRetriever, dict]:
     """
     state, record = read_checkpoint(path)
     try:
-        model = ClipRetriever.from_config(record["model"])
+        model = _kind(record["model"]).from_config(record["model"])
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{path}: its record does not describe its weights: {error}") from error
     return model.eval(), record
+
+
+def _kind(config: Mapping) -> type[ClipRetriever] | type[IvtRetriever]:
+    for name, kind in (("backbone", ClipRetriever), ("patch", IvtRetriever)):
+        if name in config:
+            return kind
+    raise KeyError(f"{', '.join(config)}: neither a two-stream model's `backbone` nor IVT's `patch` among them")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

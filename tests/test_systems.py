@@ -1,0 +1,286 @@
+"""Systems by parameters only: what is built, trained, resumed, reopened and evaluated for every method."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from test_ivt_weights import NARROW, UNUSED, released_state
+
+from fmfa.data.datasets import open_dataset, with_phrase_spans
+from fmfa.data.transforms import CLIP_MEAN
+from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
+from fmfa.models.ivt import IvtRetriever
+from fmfa.models.ivt_network import IvtConfig
+from fmfa.records import read_metrics
+from fmfa.simpedes import generate, read_truth, recipe
+from fmfa.systems import build_system, load_start, load_system, open_training_data, run_training
+from fmfa.systems.budgets import pretraining_table
+from fmfa.systems.ivt import TINY_VOCABULARY
+from fmfa.text.wordpiece import wordpiece_tokenizer
+from fmfa.training.batches import TableBatches, describe_levels
+from fmfa.training.config import TrainConfig
+from fmfa.weights.own import load_retriever, save_checkpoint
+
+SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 8, "vocab_size": 667, "positions": 64}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("street"), recipe("tiny", train=8, val=4, test=4), progress=False)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "small.json"
+    path.write_text(json.dumps(SMALL))
+    return str(path)
+
+
+def ivt(root, backbone, /, **changes):
+    """Two batches of 32 on 8 identities with 8 captions each."""
+    values = {"method": "ivt", "root": str(root), "backbone": backbone, "weights": "none", "epochs": 1}
+    values |= {"batch_size": 32, "device": "cpu", "tensorboard": False}
+    return TrainConfig(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "text_levels", "mask"),
+    list(product(["", "loss=sdm tau=0.05"], ["off", "released", "spans"], [0.0, 0.2])),
+)
+def test_ivt_trains_and_is_reopened_by_parameters_only(root, backbone, tmp_path, objectives, text_levels, mask):
+    config = ivt(root, backbone, objectives=objectives, text_levels=text_levels, mask_image=mask, mask_text=mask)
+    run_training(config, tmp_path)
+    values = read_metrics(tmp_path)
+    train = values[values["split"] == "train"].set_index("metric")["value"]
+    assert values["step"].max() == 2
+    assert f"loss/{'sdm' if objectives else 'cmpm'}" in train
+    assert np.isfinite(train["loss/total"])
+    if not mask:
+        assert train["image_tokens_dropped"] == train["text_tokens_dropped"] == 0
+    system, data = load_system(tmp_path), open_dataset("SimPEDES-street", root)
+    assert system.model.config["mask_image"] == mask
+    assert system.model.sizes.tau == (0.05 if objectives else 0.02)
+    found = system.evaluate(data, "val", progress=False).metrics["text to image"].summary
+    best = values[(values["split"] == "val") & (values["epoch"] == 1)].set_index("metric")["value"]
+    assert found["R@1"] == pytest.approx(best["R@1"])
+    assert found["mAP"] == pytest.approx(best["mAP"])
+
+
+def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path, monkeypatch):
+    config = ivt(root, backbone, epochs=2, checkpoint_every=1, learning_rate=0.05)
+    run_training(config, tmp_path / "whole")
+    calls, forward = [], IvtRetriever.forward
+
+    def interrupted(self, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, batch)
+
+    monkeypatch.setattr(IvtRetriever, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="after step 3"):
+        run_training(config, tmp_path / "parts")
+    monkeypatch.undo()
+    run_training(config, tmp_path / "parts")
+    states = [load_system(tmp_path / name).model.state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    before = load_start(tmp_path / "parts", open_dataset("SimPEDES-street", root)).model.state_dict()
+    assert any(not torch.equal(value, states[1][name]) for name, value in before.items())
+
+
+def test_levels_reach_the_batches(root, backbone):
+    def batch(**changes):
+        config = ivt(root, backbone, augmentation="none", **changes).resolved()
+        data = open_training_data(config)
+        tokenizer = build_system(config, data).tokenizer
+        found = next(iter(TableBatches(config, data, tokenizer, masked=False).read(0, 0)))
+        texts = [" ".join(tokenizer.decode(ids[ids > 0])[1:]) for ids in found["caption_ids"]]
+        return data.split("train"), found, texts
+
+    _, one, _ = batch(text_levels="off")
+    assert len(one["images"]) == 32
+    assert (one["labels"].view(8, 4) == one["labels"].view(8, 4)[:, :1]).all()  # P x K: 8 identities, 4 rows each
+    table, three, texts = batch(text_levels="spans")
+    assert len(three["images"]) == 96
+    assert torch.equal(three["labels"], three["labels"][:32].repeat(3))
+    tokenizer = wordpiece_tokenizer(TINY_VOCABULARY, 64)
+    for position in range(32):
+        row = table.iloc[int(three["rows"][position])]
+        phrases = {" ".join(tokenizer.decode(tokenizer([row["caption"][a:b]])[0])[1:]) for a, b in row["spans"]}
+        assert texts[32 + position] in phrases
+        assert all(any(word in phrase for phrase in phrases) for word in texts[position].split(" , "))
+
+
+def test_spans_are_the_truth_of_the_training_captions(root):
+    data = open_dataset("SimPEDES-street", root, spans=True)
+    truth = {
+        (record["file_path"], caption["text"]): [phrase["text"] for phrase in caption["phrases"]]
+        for record in read_truth(root, "train")
+        for caption in record["captions"]
+    }
+    for row in data.split("train").to_dict("records"):
+        assert [row["caption"][a:b] for a, b in row["spans"]] == truth[row["image"], row["caption"]]
+    assert data.split("test")["spans"].isna().all()
+    assert "spans" not in open_dataset("SimPEDES-street", root).table
+
+
+def test_spans_need_the_truth(root, tmp_path, backbone):
+    data = open_dataset("SimPEDES-street", root)
+    with pytest.raises(ConfigError, match="has no true phrase spans, only SimPEDES has"):
+        with_phrase_spans(replace(data, images=tmp_path / "imgs"))
+    changed = data.table.assign(caption=data.table["caption"].where(data.table.index != 3, "Somebody."))
+    with pytest.raises(AnnotationError, match=r"lack 1 captions of train, the first 'Somebody\.'"):
+        with_phrase_spans(replace(data, table=changed))
+    config = ivt(root, backbone, text_levels="spans").resolved()
+    with pytest.raises(ConfigError, match=r"needs the column 'spans'.*take 'released'"):
+        TableBatches(config, data, wordpiece_tokenizer(TINY_VOCABULARY), masked=False)
+
+
+def test_fallbacks_to_the_whole_caption_are_told(root, backbone):
+    data = open_dataset("SimPEDES-street", root)
+    table = data.split("train").iloc[:3].assign(caption=["a bag.", "Blue.", "A red coat, blue jeans."])
+    assert "for 4 of 6 word- and" in describe_levels(ivt(root, backbone).resolved(), table)
+    off = ivt(root, backbone, text_levels="off").resolved()
+    assert describe_levels(off, table) == "text levels: the whole caption alone"
+
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"piece{n}" for n in range(34)), "coat"]
+
+
+@pytest.fixture
+def words(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(PIECES) + "\n")
+    return path
+
+
+def test_a_released_checkpoint_is_a_start_by_parameters(root, words, tmp_path):
+    """In the released layout at reduced width, as a file of data-parallel training, at another stride."""
+    (tmp_path / "narrow.json").write_text(json.dumps({"width": 24, "heads": 2, "vocab_size": 40, "positions": 20}))
+    state = released_state(NARROW)
+    content = {"state_dict": {f"module.{name}": value for name, value in state.items()}, "best_acc": np.float64(0.5)}
+    torch.save(content, tmp_path / "checkpoint_best.pth", _use_new_zipfile_serialization=False)
+    files = {"weights": str(tmp_path / "checkpoint_best.pth"), "vocabulary": str(words)}
+    sizes = {"image_height": 384, "image_width": 128, "stride": 16}
+    config = ivt(root, str(tmp_path / "narrow.json"), **files, **sizes)
+    system = build_system(config, open_dataset("SimPEDES-street", root))
+    assert system.model.sizes.grid == (24, 8)
+    assert set(system.report.left_out) == UNUSED
+    assert set(system.report.resized) == {"encoder_vl.pos_embed", "encoder_vl.type_embed"}
+    name = "encoder_vl.blocks.11.mlp_txt.fc2.weight"
+    assert torch.equal(system.model.state_dict()[name], state[name])
+
+
+def test_a_run_keeps_its_vocabulary(root, words, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(SMALL | {"vocab_size": 40}))
+    config = ivt(root, str(tmp_path / "small.json"), vocabulary=str(words), text_levels="off")
+    run_training(config, tmp_path / "run")
+    words.unlink()
+    reopened = load_system(tmp_path / "run")
+    assert reopened.tokenizer.decode(reopened.tokenizer(["coat"])[0]) == ["[CLS]", "coat"]
+    weights = next((tmp_path / "run" / "checkpoints").glob("best-*")) / "model.safetensors"
+    assert load_system(weights).tokenizer.vocabulary == reopened.tokenizer.vocabulary
+    words.write_text("\n".join([*PIECES[:-1], "hat"]) + "\n")
+    with pytest.raises(TrainingError, match="vocabulary of another run"):
+        run_training(config, tmp_path / "run")
+
+
+def test_ivt_starts_from_an_own_file_and_from_vit_and_bert(root, backbone, tmp_path):
+    data = open_dataset("SimPEDES-street", root)
+    donor = IvtRetriever(IvtConfig(**SMALL, image_size=(96, 32), stride=8), seed=5)
+    save_checkpoint(tmp_path / "own.safetensors", donor, {"model": donor.config})
+    own = build_system(ivt(root, backbone, weights=str(tmp_path / "own.safetensors")), data)
+    assert not own.report.missing
+    assert all(torch.equal(value, own.model.state_dict()[name]) for name, value in donor.state_dict().items())
+    vit = {"cls_token": torch.full((1, 1, 16), 3.0), "blocks.0.mlp.fc1.bias": torch.full((64,), 4.0)}
+    bert = {"bert.encoder.layer.0.intermediate.dense.bias": torch.full((64,), 5.0)}
+    torch.save(vit, tmp_path / "vit.pth")
+    torch.save(bert, tmp_path / "bert.pth")
+    files = {"weights": str(tmp_path / "vit.pth"), "text_weights": str(tmp_path / "bert.pth")}
+    found = build_system(ivt(root, backbone, **files), data)
+    state = found.model.state_dict()
+    assert (state["encoder_vl.cls_token"] == 3).all()
+    assert (state["encoder_vl.blocks.0.mlp_vis.fc1.bias"] == 4).all()
+    assert (state["encoder_vl.blocks.0.mlp_txt.fc1.bias"] == 5).all()
+    assert found.report.layout == "ViT and BERT"
+
+
+def test_pictures_are_normalised_as_the_system_expects(root, backbone):
+    data = open_dataset("SimPEDES-street", root)
+    black = torch.zeros(3, 96, 32, dtype=torch.uint8)
+    assert (build_system(ivt(root, backbone), data).transform.finish(black) == -1).all()
+    clip = build_system(TrainConfig(method="clip", root=str(root), weights="none"), data)
+    assert clip.transform.finish(black)[0, 0, 0] == pytest.approx(-CLIP_MEAN[0] / 0.26862954)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": "efa=1"}, "objectives names efa, but ivt is trained with one loss"),
+        ({"objectives": "tau=0.1"}, "CMPM has no temperature"),
+        ({"objectives": "loss=sdm tau=0"}, "expected a temperature above 0"),
+        ({"objectives": "loss=itc"}, "'cmpm' or 'sdm'"),
+        ({"backbone": "ViT-B-16"}, "expected a JSON file with IvtConfig's fields"),
+        ({"vocabulary": str(TINY_VOCABULARY), "backbone": "other"}, "has 667 pieces, the model 700"),
+        ({"backbone": "unknown"}, "holds unknown embed_dim"),
+        ({"method": "fmfa", "backbone": "", "mask_text": 0.2}, "mask_text is 0.2, .* belongs to ivt"),
+        ({"method": "clip", "backbone": "", "vocabulary": "a"}, "vocabulary is 'a', .* belongs to ivt"),
+    ],
+)
+def test_what_does_not_fit_is_refused(root, backbone, tmp_path, changes, message):
+    (tmp_path / "other.json").write_text(json.dumps(SMALL | {"vocab_size": 700}))
+    (tmp_path / "unknown.json").write_text(json.dumps({"embed_dim": 8}))
+    if (tmp_path / f"{changes.get('backbone')}.json").is_file():
+        changes = changes | {"backbone": str(tmp_path / f"{changes['backbone']}.json")}
+    with pytest.raises(ConfigError, match=message):
+        build_system(ivt(root, backbone, **changes), open_dataset("SimPEDES-street", root))
+
+
+def test_names_that_are_no_files_name_the_local_alternative(root, backbone, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: 1 / 0)
+    data = open_dataset("SimPEDES-street", root)
+    with pytest.raises(CheckpointError, match=r"openai.*local file .a released IVT checkpoint"):
+        build_system(ivt(root, backbone, weights="openai"), data)
+    with pytest.raises(CheckpointError, match=r"timm; without a network, give the path"):
+        build_system(ivt(root, backbone, weights=""), data)
+
+
+def test_a_run_without_a_later_setting_can_go_on(root, backbone, tmp_path):
+    config = ivt(root, backbone)
+    run_training(config, tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    for name in ("recipe", "text_weights", "vocabulary"):
+        del kept[name]
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    run_training(config, tmp_path)
+    with pytest.raises(TrainingError, match="batch_size 32 there, 16 now"):
+        run_training(replace(config, batch_size=16), tmp_path)
+
+
+def test_a_record_of_neither_model_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {"model": {"layers": 3}})
+    with pytest.raises(CheckpointError, match=r"layers: neither a two-stream model's `backbone` nor IVT's `patch`"):
+        load_retriever(tmp_path / "a.safetensors")
+
+
+def test_the_start_of_a_checkpoint_outside_a_run_is_not_known(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+    assert load_start(tmp_path / "a.safetensors", None) is None
+
+
+def test_the_pretraining_table_reads_the_records(tmp_path, monkeypatch):
+    end = {"pairs": 2_000_000, "held_out_R@1": 0.123}
+    budget = {"parameters": 1500, "retrieval_parameters": 1200, "training_flops_a_pair": 450_000_000}
+    full = {"curve": [{"pairs": 1}, end], "seconds": 120.0, "device": "cpu", "budget": budget}
+    (tmp_path / "tiny_b.json").write_text(json.dumps(full))
+    (tmp_path / "tiny_a.json").write_text(json.dumps({key: full[key] for key in full if key != "budget"}))
+    (tmp_path / "tiny_a_config.json").write_text(json.dumps({"width": 8}))
+    counted = {"clip": {"parameters": 790, "retrieval_parameters": 790, "training_flops_a_pair": 170_000_000}}
+    monkeypatch.setattr("fmfa.systems.budgets.pretraining_budget", counted.get)
+    table = pretraining_table(tmp_path)
+    assert list(table.index) == ["tiny_a", "tiny_b"]
+    assert list(table.loc["tiny_b"]) == ["2,000,000", "1,500", "1,200", "450", "900", "2 on cpu", "12.3"]
+    assert list(table.loc["tiny_a"])[:5] == ["2,000,000", "790", "790", "170", "340"]
