@@ -15,14 +15,15 @@ from typing import Any
 
 import nbformat
 import papermill
-import yaml
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
+from fmfa.arguments import add_parameter_options, given_parameters, print_parameters
 from fmfa.errors import ConfigError
 from fmfa.parameters import notebook_parameters, resolve_parameters
 
 KERNEL = "python3"
+QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]  # not one warning a notebook about its connection to this machine
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
 
 
@@ -105,21 +106,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fmfa.runner", description=run_notebook.__doc__.split("\n")[0])
     parser.add_argument("notebook", help="notebook to run")
     parser.add_argument("output", nargs="?", help="executed notebook; record and HTML are written beside it")
-    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("-f", dest="file", help="YAML or JSON file of parameters; -p goes before it")
+    add_parameter_options(parser)
     parser.add_argument("--timeout", type=int, help="seconds that a cell may take")
     parser.add_argument("--progress", action="store_true", help="show a progress bar")
-    parser.add_argument("--help-parameters", action="store_true", help="list the notebook's parameters")
     options = parser.parse_args(arguments)
     try:
         if options.help_parameters:
-            for parameter in notebook_parameters(options.notebook).values():
-                declared = f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}"
-                print(f"{declared}  # {parameter.help}")
+            print_parameters(notebook_parameters(options.notebook).values())
             return 0
         if options.output is None:
             parser.error("the output is missing")
-        given = _from_file(options.file) | dict(options.pairs)
+        given = given_parameters(options)
         record = run_notebook(
             options.notebook, options.output, given, timeout=options.timeout, progress=options.progress
         )
@@ -150,6 +147,7 @@ def _execute(record: dict[str, Any], timeout: int | None, progress: bool) -> Non
                     progress_bar=progress,
                     start_timeout=START_TIMEOUT,
                     execution_timeout=timeout,
+                    extra_arguments=QUIET_KERNEL,
                 )
             return
         except RuntimeError:  # of a kernel; a failing cell is a PapermillExecutionError
@@ -184,18 +182,6 @@ def _export_html(output: Path) -> Path:
     target = output.with_suffix(".html")
     target.write_text(page, encoding="utf-8")
     return target
-
-
-def _from_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read parameters from {path}: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines `name: value`")
-    return values or {}
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

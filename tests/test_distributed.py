@@ -9,6 +9,7 @@ from fmfa.models.distributed import gather, largest, total, world_size
 
 CONTEXT, VOCABULARY = 9, 30
 EVERYTHING = {"itc": 1, "cmpm": 1, "sdm": 1, "asdm": 1, "id": 1, "irr": 1, "efa": 1, "irr_depth": 1}
+ORACLES = {"efa_oracle": True, "grounding": 1}
 
 
 def model():
@@ -23,7 +24,7 @@ def model():
             "layers": 1,
         },
     }
-    return ClipRetriever(config, Objectives(**EVERYTHING, efa_chunk=2), identities=4).double()
+    return ClipRetriever(config, Objectives(**EVERYTHING, **ORACLES, efa_chunk=2), identities=4).double()
 
 
 def batch():
@@ -35,8 +36,13 @@ def batch():
     masked, labels = ids.clone(), torch.zeros_like(ids)
     for row, count in enumerate([1, 1, 2, 3, 1, 4]):  # so do their numbers of masked positions
         masked[row, 1 : 1 + count], labels[row, 1 : 1 + count] = 27, ids[row, 1 : 1 + count]
+    images = torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64)
+    parts = torch.full_like(ids, -1)
+    parts[0, 1], parts[2:, 1], parts[3:, 2] = 0, 1, 2  # the ranks' numbers of phrase tokens differ too
     return {
-        "images": torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64),
+        "images": images,
+        "part_maps": torch.randint(-1, 3, (6, 16, 16), generator=generator, dtype=torch.int8),
+        "token_parts": parts,
         "caption_ids": ids,
         "masked_ids": masked,
         "masked_labels": labels,

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from fmfa.check import check_dataset
 from fmfa.data.annotations import Dataset
-from fmfa.errors import ConfigError, TrainingError
+from fmfa.errors import TrainingError
 from fmfa.provenance import data_fingerprint, device_name
 from fmfa.records import read_record, run_record, write_json
 from fmfa.text.tokens import Tokenizer
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
 from fmfa.training.loop import Batches, TrainingLoop
+from fmfa.training.processes import build_accelerator
 
 CONFIG = "config.json"
 FREE = ("root", "device", "workers", "checkpoint_every", "log_gradients_every", "tensorboard")
@@ -67,7 +66,7 @@ def fit(
     _refuse_other_run(config, folder, data)
     if read_record(folder).get("status") == "finished":
         return folder
-    accelerator = _accelerator(config, folder)
+    accelerator = build_accelerator(config, folder)
     record: contextlib.AbstractContextManager = contextlib.nullcontext({})
     if accelerator.is_main_process:
         write_json(folder / CONFIG, config.to_dict())
@@ -109,10 +108,14 @@ def train(
     if report.fatal:
         details = report.table["detail"][report.table["severity"] == "fatal"]
         raise TrainingError(f"{report.verdict} {' '.join(details)}")
-    masked = bool(getattr(getattr(model, "objectives", None), "needs_mask", False))
+    wanted = getattr(model, "objectives", None)
+    reads = {
+        "masked": bool(getattr(wanted, "needs_mask", False)),
+        "parts": bool(getattr(wanted, "needs_parts", False)),
+    }
 
     def batches(rank: int, processes: int) -> TableBatches:
-        return TableBatches(config, dataset, tokenizer, masked=masked, rank=rank, processes=processes)
+        return TableBatches(config, dataset, tokenizer, **reads, rank=rank, processes=processes)
 
     return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset))
 
@@ -122,9 +125,10 @@ def _refuse_other_run(config: TrainConfig, folder: Path, data: str) -> None:
     if not path.is_file():
         return
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        # resolved once more, so that a run from before a setting existed has that setting's default
+        kept = TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).resolved().to_dict()
     except ValueError as error:
-        raise TrainingError(f"{path} is not JSON ({error}); take another run folder") from error
+        raise TrainingError(f"{path} is no run's configuration ({error}); take another run folder") from error
     differ = [
         f"{name} {kept.get(name)!r} there, {value!r} now"
         for name, value in config.to_dict().items()
@@ -137,23 +141,6 @@ def _refuse_other_run(config: TrainConfig, folder: Path, data: str) -> None:
         raise TrainingError(
             f"{folder} holds another run: {'; '.join(differ)}. Give a new folder, or the old values to go on"
         )
-
-
-def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU; take 'cpu' or 'auto'")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if cpu and config.precision == "fp16":
-        raise ConfigError("precision 'fp16' needs a GPU; on a CPU take 'fp32' or 'bf16'")
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is global; an earlier run's must not stay
-    return Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        cpu=cpu,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=str(folder / "logs"),
-        # a model may have parameters without a part in the loss, such as CLIP's logit scale
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fmfa.errors import TrainingError
-from fmfa.models.distributed import total, world_size
+from fmfa.models.distributed import largest, total, world_size
 from fmfa.models.interfaces import ModelOutput
 from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
@@ -33,6 +33,7 @@ from fmfa.training.optimizer import build_optimizer, set_learning_rate
 
 SELECTION = "R@1"
 NAMED = 8  # records described in an error message
+SMALLEST_SCALE = 1e-4  # of fp16's loss; a gradient that overflows even there is no matter of the scale
 
 
 class Batches(Protocol):
@@ -87,6 +88,7 @@ class TrainingLoop:
 
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit the model.
+            TrainingError: the processes found different checkpoints.
         """
         self.config, self.batches, self.folder, self.validate = config, batches, folder, validate
         self.accelerator, self.model = accelerator, model
@@ -102,7 +104,7 @@ class TrainingLoop:
             self.optimizer.load_state_dict(kept["optimizer"])
             if accelerator.scaler is not None and "scaler" in kept:
                 accelerator.scaler.load_state_dict(kept["scaler"])
-        accelerator.wait_for_everyone()  # nothing may be deleted before every rank has read it
+        self._agree()  # also a barrier: nothing may be deleted before every rank has read it
         self.metrics = None
         if accelerator.is_main_process:
             prune_checkpoints(folder, (last, self._best()))
@@ -128,6 +130,15 @@ class TrainingLoop:
             f"interrupted in epoch {self.progress.epoch + 1} of {self.config.epochs} after step "
             f"{self.progress.step}; starting the same run in {self.folder} again goes on {start}"
         )
+
+    def _agree(self) -> None:
+        step = self.progress.step
+        newest, oldest = largest(torch.tensor([step, -step], device=self.accelerator.device)).tolist()
+        if newest != -oldest:
+            raise TrainingError(
+                f"the processes found the run in {self.folder} at steps {-oldest} to {newest}, this one at {step}; "
+                "the run folder must be one that all machines share"
+            )
 
     def _epoch(self) -> None:
         config, progress = self.config, self.progress
@@ -194,6 +205,8 @@ class TrainingLoop:
                 sums[name] = sums.get(name, 0.0) + value / len(group)
         sums["gradient_norm"] = self._clip(sums, group)
         self.optimizer.step()
+        if accelerator.scaler is not None:
+            sums["skipped_steps"] = float(self.optimizer.step_was_skipped)
         return sums
 
     def _values(self, output: ModelOutput, batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -215,8 +228,9 @@ class TrainingLoop:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         value = float(norm)
         if not math.isfinite(value):
-            if self.accelerator.scaler is not None:  # the scaler leaves this step out and lowers its scale
-                return 0.0
+            scaler = self.accelerator.scaler
+            if scaler is not None and scaler.get_scale() >= SMALLEST_SCALE:
+                return 0.0  # the scaler leaves this step out and lowers its scale
             self._stop(f"the gradient is not finite (norm {value}; loss {sums['loss/total']})", group)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
@@ -227,8 +241,8 @@ class TrainingLoop:
         records = "unknown (the batch has no field rows)"
         if rows is not None:
             named = self.batches.describe(rows)
-            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-            records = f"rows {rows.tolist()}: " + "; ".join(named[:8]) + more
+            more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+            records = f"rows {rows.tolist()}: " + "; ".join(named[:NAMED]) + more
         rate = self.optimizer.param_groups[0]["lr"]
         raise TrainingError(
             f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, at learning rate "

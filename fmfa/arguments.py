@@ -1,0 +1,45 @@
+"""Parameters on a command line: `-p NAME VALUE`, `-f FILE` and `--help-parameters`, the same for every command."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fmfa.errors import ConfigError
+from fmfa.parameters import Parameter
+
+
+def add_parameter_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options `-p`, `-f` and `--help-parameters`."""
+    parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("-f", dest="file", help="YAML or JSON file of parameters; -p goes before it")
+    parser.add_argument("--help-parameters", action="store_true", help="list the parameters")
+
+
+def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of a parsed command line, not converted: the file's, with those of `-p` in front.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no mapping.
+    """
+    return _from_file(options.file) | dict(options.pairs)
+
+
+def print_parameters(parameters: Iterable[Parameter]) -> None:
+    """Print one line `name: type = default  # help` a parameter."""
+    for parameter in parameters:
+        print(f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}  # {parameter.help}")
+
+
+def _from_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read parameters from {path}: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines `name: value`")
+    return values or {}
