@@ -87,6 +87,18 @@ def test_joint_embeddings_use_the_pairs_own_patches():
             torch.testing.assert_close(joint[i, t], expected)
 
 
+def test_given_weights_take_the_place_of_a_tokens_own_and_rows_of_zeros_do_not():
+    text, patches = tokens(2, 3, 4, seed=1), tokens(2, 5, 4, seed=2)
+    given = torch.zeros(2, 3, 5)
+    given[0, 1], given[1, 2] = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    joint, own = efa.group_patches(text, patches, given=given), efa.group_patches(text, patches)
+    torch.testing.assert_close(joint[0, 1], (patches[0, 1] + patches[0, 2]) / 2)
+    torch.testing.assert_close(joint[1, 2], patches[1, 4])
+    left = ~given.any(dim=2)
+    assert torch.equal(joint[left], own[left])
+    assert torch.equal(efa.group_patches(text, patches, given=torch.zeros(2, 3, 5)), own)
+
+
 def test_full_pooling_against_loops():
     x, joint = tokens(2, 3, 4, seed=3), tokens(2, 5, 4, seed=4)
     ours = full_pooling(x, joint, sharpness=2.0)

@@ -4,7 +4,6 @@ Everything random about a sample derives from (seed, epoch, row), so that batche
 number of worker processes and training can resume anywhere.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,15 @@ from torchvision.transforms.v2.functional import horizontal_flip
 
 from fmfa.data.images import resolve_image
 from fmfa.data.masking import mask_tokens
+from fmfa.data.part_maps import PartMaps, spoken_parts
 from fmfa.data.sampling import EpochBatches
 from fmfa.data.transforms import ImageTransform
 from fmfa.errors import ConfigError
+from fmfa.text.sides import swap_sides
 from fmfa.text.tokens import Tokenizer
 
 CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory unless told otherwise
+PADDED_WITH = {"masked_labels": 0, "token_parts": -1}  # and ids with the tokenizer's own padding
 
 Flip = Literal["mirror", "swap", "off"]
 Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
@@ -49,6 +51,7 @@ class PairDataset(Dataset):
         flip: Flip = "mirror",
         mask_probability: float = 0.15,
         levels: Levels | None = None,
+        parts: PartMaps | None = None,
         cache: bool | None = None,
     ) -> None:
         """Pairs of `table`, whose columns `image`, `caption` and `label` are read.
@@ -65,18 +68,23 @@ class PairDataset(Dataset):
             levels: multi-level alignment's hook: (caption, row of the table, generator) -> texts, the
                 first three of which are the word, phrase and sentence level. Each is paired with an
                 augmentation of its own.
+            parts: true part maps of the rows, for oracles; not together with `levels`.
             cache: keep the resized pictures in memory; None does so up to 1 GiB.
 
         Raises:
-            ConfigError: unknown `flip`, or a mask probability outside [0, 1].
+            ConfigError: unknown `flip`, a mask probability outside [0, 1], or `parts` with `levels`.
             ImageError: an unreadable picture, here with a cache, on access without.
         """
         if flip not in ("mirror", "swap", "off"):
             raise ConfigError(f"flip {flip!r}: use 'mirror', 'swap' or 'off'")
         if not 0 <= mask_probability <= 1:
             raise ConfigError(f"mask_probability {mask_probability}: expected a share from 0 to 1")
+        if levels and parts:
+            raise ConfigError(
+                "part maps belong to whole captions, and text levels cut them: train this oracle without text levels"
+            )
         self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
-        self.flip, self.mask_probability, self.levels = flip, mask_probability, levels
+        self.flip, self.mask_probability, self.levels, self.parts = flip, mask_probability, levels, parts
         self._captions = table["caption"].tolist()
         self._labels = torch.from_numpy(table["label"].to_numpy(np.int64, copy=True))
         self._records = table.to_dict("records") if levels else None
@@ -108,7 +116,15 @@ class PairDataset(Dataset):
         if self.flip == "swap":
             texts = [swap_sides(text) if mirrored else text for text, mirrored in zip(texts, flipped)]
         ids = [self._encode(text) for text in texts]
-        sample = {"images": self._augment(self._picture(row), flipped, pixel_seed), "caption_ids": ids}
+        sample = {"caption_ids": ids}
+        if self.parts is None:
+            sample["images"] = self._augment(self._picture(row), flipped, pixel_seed)
+        else:
+            swapped = flipped[0] and self.flip == "swap"
+            sample["token_parts"] = [self.parts.tokens(row, len(ids[0]), swapped=swapped)]
+            shown = self.parts.picture(row, self.transform.size)
+            sample["images"], maps = self._augment_both(self._picture(row), shown, flipped[0], pixel_seed)
+            sample["part_maps"] = spoken_parts(maps)
         if self.mask_probability:
             masked = [mask_tokens(text, self.tokenizer, choices, self.mask_probability) for text in ids]
             sample["masked_ids"], sample["masked_labels"] = map(list, zip(*masked))
@@ -121,22 +137,24 @@ class PairDataset(Dataset):
 
         Returns:
             `images` float32 [SB, 3, H, W]; `caption_ids` and, with masking, `masked_ids`,
-            `masked_labels` int64 [SB, L]; `labels`, `rows` int64 [SB]; and `attention_mask` int64
+            `masked_labels` int64 [SB, L]; `labels`, `rows` int64 [SB]; with part maps `part_maps` int8
+            [B, H, W] (the part that each pixel shows) and `token_parts` int64 [B, L] (the part that each
+            token speaks of), -1 for none; and `attention_mask` int64
             [SB, L] where the tokenizer pads to the longest caption. The first B rows hold every
             sample's first text (word level), the next B the second, and so on.
         """
         batch = {}
         for key in samples[0]:
             by_text = [value for values in zip(*(sample[key] for sample in samples)) for value in values]
-            if key.endswith("_ids") or key == "masked_labels":
-                fill = 0 if key == "masked_labels" else self.tokenizer.pad_id
+            if key.endswith("_ids") or key in PADDED_WITH:
+                fill = PADDED_WITH.get(key, self.tokenizer.pad_id)
                 batch[key] = pad_sequence(by_text, batch_first=True, padding_value=fill)
             else:
                 batch[key] = torch.stack(by_text)
         if hasattr(self.tokenizer, "attention_mask"):
             mask = self.tokenizer.attention_mask(batch["caption_ids"])
             longest = int(mask.sum(1).max())
-            for key in batch.keys() & {"caption_ids", "masked_ids", "masked_labels"}:
+            for key in batch.keys() & {"caption_ids", "masked_ids", *PADDED_WITH}:
                 batch[key] = batch[key][:, :longest]
             batch["attention_mask"] = mask[:, :longest]
         return batch
@@ -169,6 +187,15 @@ class PairDataset(Dataset):
             torch.default_generator.manual_seed(seed)
             finish = self.transform.finish
             return torch.stack([finish(horizontal_flip(picture) if f else picture) for f in flipped])
+
+    def _augment_both(self, picture: Tensor, parts: Tensor, flipped: bool, seed: int) -> tuple[Tensor, Tensor]:
+        """The picture as `_augment` makes it, [1, 3, H, W], and its part map with the same draws, [1, 1, H, W]."""
+        if flipped:
+            picture, parts = horizontal_flip(picture), horizontal_flip(parts)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            picture, parts = self.transform.finish(picture, parts)
+        return picture[None], parts.as_subclass(Tensor)[None]
 
     def _wants_cache(self, cache: bool | None) -> bool:
         height, width = self.transform.size
@@ -209,14 +236,3 @@ def start_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
     """Make the next pass over a loader of `make_loader` that of `epoch`, from `first_batch` on."""
     loader.dataset.set_epoch(epoch)
     loader.batch_sampler.set_epoch(epoch, first_batch)
-
-
-def swap_sides(caption: str) -> str:
-    """Exchange the words "left" and "right" (any case, kept), as a mirrored picture calls for."""
-    return re.sub(r"\b(left|right)\b", _other_side, caption, flags=re.IGNORECASE)
-
-
-def _other_side(match: re.Match) -> str:
-    word = match.group()
-    other = "right" if word.lower() == "left" else "left"
-    return other.upper() if word.isupper() else other.title() if word.istitle() else other

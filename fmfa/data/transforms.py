@@ -7,9 +7,11 @@ to change the caption too; its place before or after a uniformly drawn crop make
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from fmfa.data.images import load_image
@@ -30,7 +32,9 @@ class ImageTransform:
         size: height and width in pixels.
         interpolation: of the resize (antialiased).
         finish: uint8 [3, H, W] -> float32 [3, H, W], normalised. A training transform draws from
-            torch's default CPU generator: seed that around the call, as `PairDataset` does.
+            torch's default CPU generator: seed that around the call, as `PairDataset` does. A
+            `tv_tensors.Mask` given beside the picture gets the same draws, with 0 where the picture ends
+            or is erased.
     """
 
     size: Size
@@ -54,7 +58,7 @@ def fmfa_training(size: Size) -> ImageTransform:
     CLIP's mean and standard deviation, then with probability 0.5 one box of 2 to 40 % of the area is
     filled with the numbers of CLIP's mean (not with zero, which would be the mean colour).
     """
-    erasing = v2.RandomErasing(p=0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(CLIP_MEAN))
+    erasing = _Erasing(p=0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(CLIP_MEAN))
     return ImageTransform(size, InterpolationMode.BILINEAR, _training(size, CLIP_MEAN, CLIP_STD, erasing))
 
 
@@ -64,7 +68,7 @@ def ivt_training(size: Size) -> ImageTransform:
     Bicubic resize, padding and crop as in FMFA, mean and standard deviation 0.5, then with probability
     0.5 one box of 2 to 33 % of the area, aspect 0.3 to 3.33, is filled with standard normal noise.
     """
-    erasing = v2.RandomErasing(p=0.5, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    erasing = _Erasing(p=0.5, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
     return ImageTransform(size, InterpolationMode.BICUBIC, _training(size, HALF, HALF, erasing))
 
 
@@ -76,6 +80,19 @@ def fmfa_evaluation(size: Size) -> ImageTransform:
 def ivt_evaluation(size: Size) -> ImageTransform:
     """Bilinear resize (as released, though training is bicubic), mean and standard deviation 0.5."""
     return ImageTransform(size, InterpolationMode.BILINEAR, _normalise(HALF, HALF))
+
+
+class _Erasing(v2.RandomErasing):
+    """Random erasing that blanks the same box of a mask; torchvision's own leaves masks as they are."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        if params["v"] is None:
+            return inpt
+        blank = inpt.clone()
+        blank[..., params["i"] : params["i"] + params["h"], params["j"] : params["j"] + params["w"]] = 0
+        return tv_tensors.wrap(blank, like=inpt)
 
 
 def _normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:

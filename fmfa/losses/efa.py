@@ -48,7 +48,9 @@ def sparsify(similarity: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Ten
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def group_patches(text_tokens: Tensor, patch_tokens: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Tensor:
+def group_patches(
+    text_tokens: Tensor, patch_tokens: Tensor, *, sigma: float = 0.0, keep: str = ">=", given: Tensor | None = None
+) -> Tensor:
     """Language-grouped vision embeddings: for every text token, the patches that it resembles.
 
     Args:
@@ -56,12 +58,17 @@ def group_patches(text_tokens: Tensor, patch_tokens: Tensor, *, sigma: float = 0
         patch_tokens: [B, N, D] of the paired images, class token left out, not normalised.
         sigma: see `sparsify`.
         keep: see `sparsify`.
+        given: [B, L, N], weights that take the place of a token's own, such as its part's true patches
+            (`fmfa.losses.grounding.phrase_targets`); rows of zeros leave the token its own.
 
     Returns:
         Joint embeddings [B, L, D].
     """
     similarity = text_tokens @ patch_tokens.transpose(1, 2)
-    return sparsify(similarity, sigma=sigma, keep=keep) @ patch_tokens
+    weight = sparsify(similarity, sigma=sigma, keep=keep)
+    if given is not None:
+        weight = torch.where(given.any(dim=-1, keepdim=True), given.to(weight.dtype), weight)
+    return weight @ patch_tokens
 
 
 def pooled_similarity(

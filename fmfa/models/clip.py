@@ -5,22 +5,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from open_clip.transformer import text_global_pool
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmfa import losses
 from fmfa.errors import ConfigError
 from fmfa.losses.efa import efa, group_patches
+from fmfa.losses.grounding import grounding_hits, grounding_loss, phrase_targets, token_patch_cosine
 from fmfa.models.backbone import backbone_config, build_clip
 from fmfa.models.distributed import gather, largest, total, world_size
 from fmfa.models.heads import CrossModalHead, identity_classifier
 from fmfa.models.interfaces import Encoded, ModelOutput
 from fmfa.models.objectives import Objectives, objectives
+from fmfa.models.token_encoder import TokenEncoder
 
 __all__ = ["ClipRetriever", "Objectives", "objectives"]
 
 
-class ClipRetriever(nn.Module):
+class ClipRetriever(TokenEncoder):
     """CLIP for text-to-image person retrieval (IRRA, CVPR 2023; FMFA, TOMM 2026; plain CLIP).
 
     Attributes:
@@ -93,102 +94,12 @@ class ClipRetriever(nn.Module):
             **config,
         )
 
-    def encode_image(self, images: Tensor) -> Encoded:
-        """Encode images, float [B, 3, H, W] normalised.
-
-        Returns:
-            tokens [B, 1+N, D] (final LayerNorm and projection at every position), embedding [B, D].
-
-        Raises:
-            ConfigError: images of another size than the model's.
-        """
-        visual = self.clip.visual
-        if tuple(images.shape[-2:]) != tuple(visual.image_size):
-            raise ConfigError(
-                f"images of {tuple(images.shape[-2:])} pixels (height, width); the model was built for "
-                f"{tuple(visual.image_size)}: resize the images or build the model for their size"
-            )
-        output = visual.forward_intermediates(
-            images.to(visual.conv1.weight.dtype),
-            indices=1,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        hidden = torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
-        tokens = visual.ln_post(hidden) @ visual.proj.to(hidden.dtype)  # [B, 1+N, width] -> [B, 1+N, D]
-        if visual.pool_type != "avg":
-            return Encoded(tokens, tokens[:, 0])
-        if visual.final_ln_after_pool:
-            pooled = visual.ln_post(hidden[:, 1:].mean(dim=1))
-            return Encoded(tokens, pooled @ visual.proj.to(pooled.dtype))
-        return Encoded(tokens, tokens[:, 1:].mean(dim=1))
-
-    def encode_text(
-        self, ids: Tensor, attention_mask: Tensor | None = None, *, positions: int | None = None
-    ) -> Encoded:
-        """Encode captions, int64 [B, context length].
-
-        By default a causal tower runs on the longest caption of the batch: what follows the end token
-        cannot change what stands before it.
-
-        Args:
-            ids: token ids.
-            attention_mask: not used: a CLIP text tower finds the end token itself.
-            positions: how many context positions to run and return; None takes `longest_caption`.
-
-        Returns:
-            tokens [B, L, D] (final LayerNorm and projection at every position), embedding [B, D] at the
-            end token.
-        """
-        tower = getattr(self.clip, "text", self.clip)
-        length = int(self.longest_caption(ids)) if positions is None else positions
-        ids = ids[:, :length]
-        dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
-        x = tower.ln_final(tower.transformer(x, attn_mask=mask))  # [B, L, width]
-        projection = tower.text_projection
-        if isinstance(projection, nn.Linear):
-            x = projection(x)
-        elif projection is not None:
-            x = x @ projection.to(x.dtype)  # [B, L, D]
-        return Encoded(x, text_global_pool(x, ids, self._pool_type, self._end_id))
-
-    def longest_caption(self, ids: Tensor) -> Tensor:
-        """Positions that the text tower needs for the embeddings of `ids` [B, L], an int64 scalar.
-
-        Up to the last end token; all L where the tower is not causal or pools another position.
-        """
-        tower = getattr(self.clip, "text", self.clip)
-        if tower.attn_mask is None or self._pool_type not in ("argmax", "eos"):
-            return torch.tensor(ids.shape[1], device=ids.device)
-        return self.end_positions(ids).max() + 1
-
-    def end_positions(self, ids: Tensor) -> Tensor:
-        """Position of each caption's end token, int64 [B]: the largest id, or the tower's own end id.
-
-        A tower that pools the last position has no end token; there it is the last non-zero id.
-        """
-        if self._pool_type == "argmax":
-            return ids.argmax(dim=1)
-        if self._pool_type == "eos":
-            return (ids == self._end_id).int().argmax(dim=1)
-        return ids.shape[1] - 1 - ids.ne(0).flip(1).int().argmax(dim=1)
-
-    @property
-    def _pool_type(self) -> str:
-        return self.clip.text_pool_type if hasattr(self.clip, "text_pool_type") else self.clip.text.pool_type
-
-    @property
-    def _end_id(self) -> int:
-        return self.clip.text_eos_id if hasattr(self.clip, "text_eos_id") else self.clip.text.eos_id
-
     def forward(self, batch: Mapping[str, Tensor]) -> ModelOutput:
         """Training losses of a batch; over several processes, of the joint batch.
 
         Args:
-            batch: `images`, `labels` and, by objective, `caption_ids`, `masked_ids`, `masked_labels`.
+            batch: `images`, `labels` and, by objective, `caption_ids`, `masked_ids`, `masked_labels`,
+                `part_maps`, `token_parts`.
 
         Returns:
             The weighted losses. The mean over processes of each one, and DDP's mean of its gradients,
@@ -218,8 +129,11 @@ class ClipRetriever(nn.Module):
                 masked = self.encode_text(batch["masked_ids"], positions=ids.shape[1]).tokens
                 output.features["masked_text_tokens"] = masked
             self._predict_masked(output, masked, image.tokens, batch)
+        where = self._true_patches(batch, length) if wanted.needs_parts else None
         if wanted.efa:
-            self._align(output, image, text, ids, batch["labels"])
+            self._align(output, image, text, ids, batch["labels"], where if wanted.efa_oracle else None)
+        if wanted.grounding:
+            self._ground(output, image, text, where)
         return output
 
     def _require(self, batch: Mapping[str, Tensor], *names: str) -> None:
@@ -259,20 +173,28 @@ class ClipRetriever(nn.Module):
     def _predict_masked(self, output: ModelOutput, text: Tensor, image: Tensor, batch: Mapping) -> None:
         labels = batch["masked_labels"]
         chosen = labels != 0
-        valid = self._caption_positions(batch["masked_ids"]) if self.objectives.irr_padding_mask else None
+        valid = self.caption_positions(batch["masked_ids"]) if self.objectives.irr_padding_mask else None
         logits, targets = self.irr(text, image, chosen, valid), labels[chosen]
         count = total(chosen.sum()).clamp(min=1)
         loss = losses.masked_token_loss(logits, targets) * world_size() / count
         output.losses["irr"] = self.objectives.irr * loss
         output.stats["irr_accuracy"] = (logits.argmax(dim=1) == targets).sum().detach() / chosen.sum().clamp(min=1)
 
-    def _align(self, output: ModelOutput, image: Encoded, text: Encoded, ids: Tensor, labels: Tensor) -> None:
+    def _true_patches(self, batch: Mapping[str, Tensor], length: int) -> Tensor:
+        self._require(batch, "part_maps", "token_parts")
+        patches = self.clip.visual.conv1
+        spoken = batch["token_parts"][:, :length]
+        return phrase_targets(batch["part_maps"], spoken, patch=patches.kernel_size, stride=patches.stride)
+
+    def _align(
+        self, output: ModelOutput, image: Encoded, text: Encoded, ids: Tensor, labels: Tensor, given: Tensor | None
+    ) -> None:
         wanted = self.objectives
         patches, tokens = image.tokens[:, 1:], text.tokens
-        joint = group_patches(tokens, patches, sigma=wanted.efa_sigma, keep=wanted.efa_keep)
+        joint = group_patches(tokens, patches, sigma=wanted.efa_sigma, keep=wanted.efa_keep, given=given)
         mask = None
         if wanted.efa_positions == "caption":
-            mask = gather(self._caption_positions(ids)[:, : tokens.shape[1]].int()).bool()
+            mask = gather(self.caption_positions(ids)[:, : tokens.shape[1]].int()).bool()
         by_text, by_image = efa(
             gather(tokens),
             gather(patches),
@@ -288,6 +210,10 @@ class ClipRetriever(nn.Module):
         output.losses["efa"] = wanted.efa * (by_text + by_image)
         output.stats |= {"efa_text": by_text.detach(), "efa_image": by_image.detach()}
 
-    def _caption_positions(self, ids: Tensor) -> Tensor:
-        """Bool [B, L]: start token to end token."""
-        return torch.arange(ids.shape[1], device=ids.device) <= self.end_positions(ids)[:, None]
+    def _ground(self, output: ModelOutput, image: Encoded, text: Encoded, target: Tensor) -> None:
+        cosine = token_patch_cosine(text.tokens, image.tokens[:, 1:])
+        count = total(target.any(dim=2).sum()).clamp(min=1)
+        loss = grounding_loss(cosine, target, temperature=self.objectives.grounding_tau) * world_size() / count
+        output.losses["grounding"] = self.objectives.grounding * loss
+        hits = grounding_hits(cosine.detach(), target)
+        output.stats["grounding_hit"] = hits.sum() / max(len(hits), 1)

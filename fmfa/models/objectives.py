@@ -29,6 +29,7 @@ class Objectives:
     id: float = 0.0  # weight of the identity classification
     irr: float = 0.0  # weight of implicit relation reasoning (masked tokens)
     efa: float = 0.0  # weight of explicit fine-grained alignment
+    grounding: float = 0.0  # weight of token-to-patch supervision by true part maps, an oracle of SimPEDES
     tau: float = 0.02  # temperature of ITC, SDM and A-SDM; fixed, not learned
     asdm_form: str = "paper"  # gap of softmax probabilities, or of raw cosines ("released")
     asdm_alpha: float = 10.0  # strength of A-SDM's weights
@@ -40,6 +41,8 @@ class Objectives:
     efa_margin_text: float = 0.1  # margin of the text-to-joint cost
     efa_margin_image: float = 0.1  # margin of the vision-to-joint cost
     efa_chunk: int = 0  # rows of the batch compared at a time; 0 = chosen by size
+    efa_oracle: bool = False  # phrase tokens group the patches of their true part, an oracle of SimPEDES
+    grounding_tau: float = 0.07  # temperature of the token-to-patch supervision
     irr_depth: int = 4  # self-attention blocks of IRR
     irr_heads: int = 0  # attention heads of IRR; 0 = width / 64, at least 1
     irr_padding_mask: bool = False  # hide padding from IRR's self-attention (neither preset does)
@@ -63,12 +66,13 @@ class Objectives:
             "id",
             "irr",
             "efa",
+            "grounding",
             "asdm_alpha",
             "efa_chunk",
             "irr_heads",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("tau", "efa_lambda", "irr_depth"):
+        for name in ("tau", "efa_lambda", "grounding_tau", "irr_depth"):
             self._require(name, getattr(self, name) > 0, "more than 0")
         self._require("efa_sigma", 0 <= self.efa_sigma < 1, "0 (for 1/N) or a threshold below 1")
         for name, choices in (
@@ -87,6 +91,11 @@ class Objectives:
     def needs_mask(self) -> bool:
         """Whether training reads the masked captions of a batch."""
         return self.irr > 0 or self.retrieval_sees_mask
+
+    @property
+    def needs_parts(self) -> bool:
+        """Whether training reads true part maps, which only SimPEDES has."""
+        return self.grounding > 0 or (self.efa > 0 and self.efa_oracle)
 
     @property
     def needs_all_positions(self) -> bool:

@@ -1,0 +1,92 @@
+"""The truth that the oracles train on: which part each pixel shows and each token speaks of (SimPEDES only)."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+from fmfa.errors import AnnotationError, ConfigError
+from fmfa.simpedes import is_simpedes, read_parts, read_truth
+from fmfa.simpedes.canvas import PARTS
+from fmfa.text.cleaning import Span
+from fmfa.text.sides import swap_sides, swapped_span
+from fmfa.text.tokens import Tokenizer
+
+
+class PartMaps:
+    """Part maps and phrase parts of the rows of a caption table. Parts are positions in `canvas.PARTS`."""
+
+    def __init__(self, table: pd.DataFrame, images: str | Path, tokenizer: Tokenizer, *, split: str = "train") -> None:
+        """Read the truth beside the pictures; the maps stay in memory, a byte a pixel.
+
+        Args:
+            table: one row a caption; `image` and `caption` are used.
+            images: folder of the pictures.
+            tokenizer: of the captions.
+            split: of the data set.
+
+        Raises:
+            ConfigError: the data set is no SimPEDES.
+            AnnotationError: a row's picture or caption has no truth.
+        """
+        root = Path(images).parent
+        if not is_simpedes(root):
+            raise ConfigError(
+                f"{root} has no part maps: the objectives `grounding` and `efa_oracle` need the truth of a SimPEDES; "
+                "leave them out, or train on SimPEDES-street or SimPEDES-station"
+            )
+        self._tokenizer = tokenizer
+        self._images, self._captions = table["image"].tolist(), table["caption"].tolist()
+        self._maps = read_parts(root, split)
+        phrases = {
+            (record["file_path"], caption["text"]): [
+                ((phrase["start"], phrase["end"]), PARTS.index(phrase["part"]))
+                for phrase in caption["phrases"]
+                if phrase["part"] in PARTS  # "person" is the whole picture's subject, no part
+            ]
+            for record in read_truth(root, split)
+            for caption in record["captions"]
+        }
+        rows = list(zip(self._images, self._captions))
+        if unknown := next((row for row in rows if row not in phrases), None):
+            raise AnnotationError(
+                f"{unknown[0]} has no truth for the caption {unknown[1]!r} in {root}; the oracles need every "
+                "training caption with its own picture, as SimPEDES wrote them"
+            )
+        self._phrases: list[list[tuple[Span, int]]] = [phrases[row] for row in rows]
+
+    def picture(self, row: int, size: tuple[int, int]) -> tv_tensors.Mask:
+        """The part map of a row's picture, uint8 [1, H, W] at `size`: 1 + part.
+
+        0 stays free for pixels that show nothing of the picture, which is what transforms fill in.
+        """
+        parts = tv_tensors.Mask(torch.from_numpy(self._maps[self._images[row]] + np.uint8(1))[None])
+        return v2.functional.resize(parts, list(size), InterpolationMode.NEAREST_EXACT)
+
+    def tokens(self, row: int, length: int, *, swapped: bool) -> Tensor:
+        """The part that each token of a row's caption speaks of, int64 [length], -1 where there is none.
+
+        Args:
+            row: of the table.
+            length: of the encoded caption.
+            swapped: whether left and right were exchanged in it.
+        """
+        caption, phrases = self._captions[row], self._phrases[row]
+        if swapped:
+            phrases = [(swapped_span(caption, span), part) for span, part in phrases]
+            caption = swap_sides(caption)
+        found = torch.full((length,), -1)
+        for position, characters in enumerate(self._tokenizer.offsets(caption)[:length]):
+            for (start, end), part in phrases:
+                if characters and characters[0] < end and start < characters[1]:
+                    found[position] = part
+        return found
+
+
+def spoken_parts(maps: Tensor) -> Tensor:
+    """Transformed maps of `PartMaps.picture`, uint8 [..., 1, H, W], as int8 [..., H, W]: the part, -1 for none."""
+    return maps.squeeze(-3).to(torch.int8) - 1
