@@ -83,7 +83,7 @@ def _encode(
     device = next(model.parameters()).device
     parts = []
     bar = progress_bar(total, f"encoding {unit}", unit, shown=progress)
-    with bar, _evaluating(model), torch.autocast(device.type, enabled=False):
+    with bar, evaluating(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
             parts.append(encode(batch.to(device)).float().cpu())
             bar.update(len(batch))
@@ -91,7 +91,8 @@ def _encode(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model into evaluation mode, and back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,0 +1,5 @@
+"""Are words aligned with the right pixels? Maps of phrases, held against SimPEDES' true parts."""
+
+from fmfa.alignment.grounding import measure_grounding
+
+__all__ = ["measure_grounding"]
