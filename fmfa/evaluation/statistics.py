@@ -69,9 +69,9 @@ def bootstrap_interval(
     Raises:
         ValueError: lengths differ, or no value is left.
     """
-    sums, counts = _by_identity(np.asarray(values, dtype=np.float64)[None], identity)
+    sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64)[None], identity)
     estimate = sums.sum() / counts.sum()
-    means = _resampled_means(sums[0], counts, generator, resamples)
+    means = resampled_means(sums[0], counts, generator, resamples)
     return Interval(float(estimate), *_quantiles(means, level))
 
 
@@ -102,13 +102,10 @@ def hierarchical_interval(
     Raises:
         ValueError: shapes do not fit, or no value is left.
     """
-    sums, counts = _by_identity(np.asarray(values, dtype=np.float64), identity)
+    sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64), identity)
     seed_means = sums.sum(axis=1) / counts.sum()
-    means = _resampled_means(sums.mean(axis=0), counts, generator, resamples)
-    seeds = len(seed_means)
-    if seeds > 1:
-        means = means + stats.sem(seed_means) * generator.standard_t(seeds - 1, size=resamples)
-    return Interval(float(seed_means.mean()), *_quantiles(means, level))
+    means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
+    return interval_over_seeds(means, seed_means, generator, level)
 
 
 def paired_comparison(
@@ -141,21 +138,13 @@ def paired_comparison(
     first, second = (np.atleast_2d(np.asarray(side, dtype=np.float64)).mean(axis=0) for side in (first, second))
     if first.shape != second.shape:
         raise ValueError(f"The systems answered {len(first)} and {len(second)} queries, not the same ones.")
-    sums, counts = _by_identity((first - second)[None], identity)
-    test = stats.permutation_test(
-        (sums[0],),
-        np.sum,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_batch(2 * len(counts)),
-        rng=generator,
-    )
-    means = _resampled_means(sums[0], counts, generator, resamples)
+    sums, counts = sums_by_identity((first - second)[None], identity)
+    p_value = sign_flip_test(sums[0], generator, resamples)
+    means = resampled_means(sums[0], counts, generator, resamples)
     return Comparison(
         difference=Interval(float(sums.sum() / counts.sum()), *_quantiles(means, level)),
-        p_value=float(test.pvalue),
-        effect_size=_effect_size(sums[0] / counts),
+        p_value=p_value,
+        effect_size=paired_effect_size(sums[0] / counts),
         identities=len(counts),
         queries=int(counts.sum()),
     )
@@ -166,7 +155,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)
 
 
-def _by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sums_by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums [S, K] of the values [S, Q] and numbers of queries [K] for each identity that has any value."""
     identity = np.asarray(identity)
     if values.ndim != 2 or values.shape[1:] != identity.shape:
@@ -180,9 +169,7 @@ def _by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, 
     return sums, np.bincount(position).astype(np.float64)
 
 
-def _resampled_means(
-    sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator, resamples: int
-) -> np.ndarray:
+def resampled_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
     """Means over queries [resamples] of bootstrap samples of identities, by SciPy."""
     if len(sums) == 1:
         return np.full(resamples, np.nan)
@@ -199,6 +186,30 @@ def _resampled_means(
     return result.bootstrap_distribution
 
 
+def interval_over_seeds(
+    means: np.ndarray, seed_means: np.ndarray, generator: np.random.Generator, level: float
+) -> Interval:
+    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t where there are several."""
+    seeds = len(seed_means)
+    if seeds > 1:
+        means = means + stats.sem(seed_means) * generator.standard_t(seeds - 1, size=len(means))
+    return Interval(float(seed_means.mean()), *_quantiles(means, level))
+
+
+def sign_flip_test(sums: np.ndarray, generator: np.random.Generator, resamples: int) -> float:
+    """Two-sided p value of the identities' summed differences [K] when their signs are flipped at random (SciPy)."""
+    test = stats.permutation_test(
+        (sums,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_batch(2 * len(sums)),
+        rng=generator,
+    )
+    return float(test.pvalue)
+
+
 def _batch(size: int) -> int:
     return max(1, BATCH_ELEMENTS // size)
 
@@ -208,7 +219,8 @@ def _quantiles(means: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _effect_size(differences: np.ndarray) -> float:
+def paired_effect_size(differences: np.ndarray) -> float:
+    """Cohen's d of paired data: mean of differences [K] in units of their standard deviation; see `Comparison`."""
     mean = differences.mean()
     spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
     if spread > 0:

@@ -1,0 +1,45 @@
+"""What evaluated runs leave behind, and the tables and figures that compare them."""
+
+from fmfa.results.alignment import correlation_table, counterfactual_table, grounding_table
+from fmfa.results.claims import claims_table
+from fmfa.results.comparisons import paired_table, rows_paired_table, shuffled_table
+from fmfa.results.domains import cross_domain_table
+from fmfa.results.figures import plot_against_retrieval, plot_claims, plot_comparison, plot_power
+from fmfa.results.files import METRICS, export_results, read_queries, save_evaluation
+from fmfa.results.names import dataset_label, results_split, trained_on
+from fmfa.results.parameters import CompareParameters, EvaluateParameters
+from fmfa.results.power import components_table, gains_table, power_table
+from fmfa.results.selection import selection_table
+from fmfa.results.tables import published_table, result_table, run_results, seeds_table
+
+__all__ = [
+    "METRICS",
+    "CompareParameters",
+    "EvaluateParameters",
+    "claims_table",
+    "components_table",
+    "correlation_table",
+    "counterfactual_table",
+    "cross_domain_table",
+    "dataset_label",
+    "export_results",
+    "gains_table",
+    "grounding_table",
+    "paired_table",
+    "plot_against_retrieval",
+    "plot_claims",
+    "plot_comparison",
+    "plot_power",
+    "power_table",
+    "published_table",
+    "read_queries",
+    "result_table",
+    "results_split",
+    "rows_paired_table",
+    "run_results",
+    "save_evaluation",
+    "seeds_table",
+    "selection_table",
+    "shuffled_table",
+    "trained_on",
+]

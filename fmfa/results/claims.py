@@ -1,0 +1,101 @@
+"""The papers' claims, the controls and the oracles as comparisons of rows, each with a verdict in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from fmfa.errors import ConfigError
+from fmfa.results.comparisons import difference_columns, holm_known
+from fmfa.results.rows import Rows, read_rows
+from fmfa.results.tables import published_gains
+
+CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
+LEVEL = 0.05
+HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "cannot be told apart", "not run"
+VERDICTS = (HOLDS, FAILS, UNCLEAR, MISSING)
+AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
+
+
+def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
+    """Each claim of `data/claims.yml` with what was published, what was measured, and a verdict.
+
+    Args:
+        results: folder with one folder a run.
+        split: of the comparison.
+        seed: of the bootstrap and the permutations.
+        kind: "claims" of the papers, "controls" that must come out, or "oracles" that use the true part maps.
+
+    Returns:
+        One line a claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
+        not measured here); `R@1 difference`, `low`, `high` and `p` are measured over seeds and identities as in
+        `comparisons.rows_paired_table`; `p (Holm)` is corrected over the table's claims that were run. `verdict` is
+        "holds" or "does not hold" where the corrected p value is at most 0.05, by the sign of the difference,
+        "cannot be told apart" where it is not or where there is one seed only, and "not run". A control is
+        "as it must be", "not as it must be", or one of the last two.
+
+    Raises:
+        ConfigError: two runs were evaluated on different queries, or no such kind.
+    """
+    claims, rows = read_claims(kind), read_rows(results, split)
+    table = pd.DataFrame([_measured(rows, claim, seed) for claim in claims])
+    table["p (Holm)"] = holm_known(table["p"])
+    found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
+    table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
+    return table.drop(columns=["p (these networks)", "effect size"])
+
+
+def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
+    """Read one kind of `data/claims.yml`: claim, row, minus and, where there are, paper, published and expected.
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    known = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
+    if kind not in known:
+        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {', '.join(known)}")
+    return known[kind]
+
+
+def _measured(rows: Rows, claim: dict[str, Any], seed: int) -> dict[str, Any]:
+    line = {"paper": claim["paper"]} if "paper" in claim else {}
+    line |= {name: claim[name] for name in ("claim", "row", "minus")}
+    if "paper" in claim:
+        line["published"] = _published(claim.get("published"))
+    return line | difference_columns(rows.compare(claim["row"], claim["minus"], seed=seed))
+
+
+def _published(methods: list[str] | None) -> str:
+    gains = published_gains(*methods) if methods else pd.Series(dtype=float)
+    return f"{gains.min():+.2f} to {gains.max():+.2f} (n = {len(gains)})" if len(gains) else ""
+
+
+def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdict and the sentence that goes with it."""
+    if not line["seeds"]:
+        return MISSING, f"{line['row']} and {line['minus']} were not both run with the same seed."
+    measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
+    if line["seeds"] == 1:
+        return UNCLEAR, f"These two networks differ by {measured}; one seed says nothing about another training."
+    found = pd.notna(line["p (Holm)"]) and line["p (Holm)"] <= LEVEL
+    above = found and line["R@1 difference"] > 0
+    measured = f"{measured} over {line['seeds']} seeds"
+    if expected := claim.get("expected"):
+        return _control(expected, found, above, measured)
+    if above:
+        return HOLDS, f"{measured}: better by more than the noise."
+    if found:
+        return FAILS, f"{measured}: worse by more than the noise."
+    if line["p"] <= LEVEL:
+        return UNCLEAR, f"{measured}: more than the noise of one comparison, but not of all in this table."
+    return UNCLEAR, f"{measured}: this is within the noise."
+
+
+def _control(expected: str, found: bool, above: bool, measured: str) -> tuple[str, str]:
+    side = "above" if above else "below" if found else "neither above nor below"
+    if side == expected or (expected == "not above" and not above):
+        return AS_EXPECTED, f"{measured}: {side} by more than the noise."
+    if found:
+        return UNEXPECTED, f"{measured}: {side}, where it must be {expected}."
+    return UNCLEAR, f"{measured}: {side} by more than the noise."

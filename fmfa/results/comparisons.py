@@ -1,0 +1,110 @@
+"""Tables of paired comparisons: runs with a run, rows with a row, and the controls without which no row counts."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fmfa.errors import ConfigError
+from fmfa.evaluation.rows import RowComparison
+from fmfa.evaluation.statistics import holm, paired_comparison
+from fmfa.results.files import CHANCE, find_queries, read_queries, references, run_folders
+from fmfa.results.rows import SAME, Rows, read_rows
+
+
+def paired_table(results: str | Path, baseline: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Compare every evaluated run with a baseline run on the same queries.
+
+    Differences in R@1 (points) with 95 % intervals from a bootstrap over identities, and p values of a permutation
+    test over identities, Holm-corrected over the table. They speak of these trained networks, not of other seeds.
+
+    Raises:
+        ConfigError: the baseline was not evaluated, or a run has other queries.
+    """
+    base, rows = read_queries(Path(results) / baseline, split), []
+    for folder in run_folders(results):
+        if folder.name == baseline or not find_queries(folder, split):
+            continue
+        run = read_queries(folder, split)
+        if not run[SAME].equals(base[SAME]):
+            raise ConfigError(f"{folder} was evaluated on other queries than {baseline}")
+        values = (q["R@1"].to_numpy() for q in (run, base))
+        found = paired_comparison(*values, base["identity"].to_numpy(), np.random.default_rng(seed))
+        difference = found.difference
+        rows.append(
+            {"run": folder.name, "minus": baseline, "R@1 difference": 100 * difference.estimate,
+             "low": 100 * difference.low, "high": 100 * difference.high, "effect size": found.effect_size,
+             "p": found.p_value}
+        )  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table.assign(**{"p (Holm)": holm(table["p"].tolist())}) if len(table) else table
+
+
+def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Compare every row of the study with a baseline row over the seeds that both have, on the same queries.
+
+    Returns:
+        One line a row, then the starting weights, chance and the ceiling. `R@1` is the row's mean in percent over all
+        of its seeds; `R@1 difference`, `low`, `high` are points over seeds and identities (with one seed over
+        identities alone); `p` is over seeds and identities too, and empty with one seed; `p (Holm)` is corrected over
+        the table's rows; `p (these networks)` is the permutation test over identities, which knows nothing of seeds
+        (see `fmfa.evaluation.rows.compare_rows`). A row that shares no seed with the baseline has no difference.
+
+    Raises:
+        ConfigError: two runs were evaluated on different queries.
+    """
+    rows = read_rows(results, split)
+    table = pd.DataFrame([_line(rows, name, baseline_row, seed) for name in rows.names if name != baseline_row])
+    if len(table):
+        table["p (Holm)"] = holm_known(table["p"])
+        table = table[[*table.columns.drop("p (these networks)"), "p (these networks)"]]
+    table = pd.concat([table, _constants(results, split, rows, baseline_row)], ignore_index=True)
+    return table.astype({"seeds": "Int64"}) if "seeds" in table else table
+
+
+def _line(rows: Rows, name: str, baseline: str, seed: int) -> dict[str, str | float]:
+    level = 100 * np.nanmean(rows.values(name))
+    return {"row": name, "minus": baseline, "R@1": level} | difference_columns(rows.compare(name, baseline, seed=seed))
+
+
+def difference_columns(found: RowComparison | None) -> dict[str, float]:
+    """Columns of a comparison in points of R@1; empty numbers where there was nothing to compare."""
+    if found is None:
+        names = ("R@1 difference", "low", "high", "effect size", "p", "p (these networks)")
+        return {"seeds": 0} | dict.fromkeys(names, np.nan)
+    difference = found.difference
+    return {"seeds": found.seeds, "R@1 difference": 100 * difference.estimate, "low": 100 * difference.low,
+            "high": 100 * difference.high, "effect size": found.effect_size, "p": found.p_value,
+            "p (these networks)": found.p_networks}  # fmt: skip
+
+
+def holm_known(p_values: pd.Series) -> pd.Series:
+    """Correct a family's p values by Holm, leaving out comparisons without one."""
+    known = p_values.dropna()
+    return pd.Series(holm(known.tolist()), index=known.index).reindex(p_values.index)
+
+
+def _constants(results: str | Path, split: str, rows: Rows, baseline: str) -> pd.DataFrame:
+    """Levels without queries of their own: chance, the ceiling, and zero-shot where only its level was kept."""
+    base = 100 * np.nanmean(rows.values(baseline)) if baseline in rows.names else np.nan
+    known = {name: level["R@1"][0] for name, level in references(results, split).items() if name not in rows.starts}
+    return pd.DataFrame(
+        [
+            {"row": name, "minus": baseline, "R@1": value, "R@1 difference": value - base}
+            for name, value in known.items()
+        ]
+    )
+
+
+def shuffled_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """R@1 (percent) of every row whose captions were shuffled at evaluation, against chance; empty where none was.
+
+    `at chance` says whether the 95 % interval over seeds and identities holds the chance level.
+    """
+    rows, lines = read_rows(results, split, "shuffled"), []
+    for name in rows.runs:
+        chance, mean = references(results, split)[CHANCE]["R@1"][0], rows.mean(name, seed=seed)
+        low, high = 100 * mean.low, 100 * mean.high
+        lines.append({"row": name, "seeds": len(rows.runs[name]), "R@1": 100 * mean.estimate, "low": low, "high": high,
+                      "chance": chance, "at chance": bool(low <= chance <= high)})  # fmt: skip
+    return pd.DataFrame(lines)

@@ -1,0 +1,128 @@
+"""Figures of the comparison: levels of the rows, claims, what can be seen, and grounding against retrieval."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from fmfa.errors import ConfigError
+from fmfa.results.claims import VERDICTS
+from fmfa.results.files import references
+from fmfa.results.power import gains_of_fmfa, power_table
+from fmfa.results.rows import read_rows
+
+STYLES = (":", "-.", "--", (0, (1, 3)))
+MARKERS = ("o", "s", "D", "^")
+
+
+def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> Figure:
+    """Show R@1 of every row with its 95 % interval over seeds and identities, its runs, and the reference levels.
+
+    Raises:
+        ConfigError: no run of the folder was evaluated.
+    """
+    rows = read_rows(results, split)
+    if not rows.runs:
+        raise ConfigError(f"{results} holds no run evaluated on {split}")
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(rows.runs) + 1.9), layout="constrained")
+    for place, name in enumerate(rows.runs):
+        mean = rows.mean(name, seed=seed)
+        span = [[100 * (mean.estimate - mean.low)], [100 * (mean.high - mean.estimate)]]
+        axis.errorbar(100 * mean.estimate, place, xerr=np.nan_to_num(span), fmt="o", capsize=4, color="C0")
+        single = 100 * np.nanmean(rows.values(name), axis=1)
+        axis.plot(single, np.full(len(single), place + 0.2), "|", color="C1", markersize=8)
+    for (name, level), style in zip(references(results, split).items(), STYLES, strict=False):
+        value = level["R@1"][0]
+        axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name}, {value:.1f} %")
+    labels = [f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in rows.runs.items()]
+    axis.set_yticks(range(len(labels)), labels)
+    people = len(np.unique(rows.identity))
+    axis.set(xlabel=f"R@1 on {split} (%), n = {len(rows.identity):,} queries of {people:,} identities", xlim=(0, 100))
+    axis.invert_yaxis()
+    axis.margins(y=0.2)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_claims(table: pd.DataFrame) -> Figure | None:
+    """Show the measured difference of each claim that was run with its 95 % interval; None where none was.
+
+    Args:
+        table: of `claims_table`.
+    """
+    run = table[table["seeds"] > 0].reset_index(drop=True)
+    if run.empty:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 0.4 * len(run) + 1.4), layout="constrained")
+    for verdict in run["verdict"].unique():
+        part = run[run["verdict"] == verdict]
+        errors = [part["R@1 difference"] - part["low"], part["high"] - part["R@1 difference"]]
+        marker, colour = MARKERS[VERDICTS.index(verdict)], f"C{VERDICTS.index(verdict)}"
+        axis.errorbar(
+            part["R@1 difference"], part.index, xerr=errors, fmt=marker, color=colour, capsize=3, label=verdict
+        )
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(run.index, run["claim"])
+    seeds = sorted(run["seeds"].unique())
+    seeds = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    axis.set(xlabel=f"difference in R@1 (points), n = {seeds} seeds a row")
+    axis.set_ylim(len(run) - 0.4, -0.6)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
+    """Show the smallest difference that is seen, by seeds and identities, with FMFA's published gains; None without.
+
+    Args:
+        table: of `components_table`.
+        most_seeds: right end of the axis.
+    """
+    if table.empty:
+        return None
+    seeds = np.unique(np.geomspace(2, most_seeds, 14).round().astype(int))
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for (name, values), marker in zip(power_table(table, seeds.tolist()).items(), MARKERS, strict=False):
+        axis.plot(seeds, values, marker=marker, markersize=4, label=name)
+    gains = gains_of_fmfa()
+    for value in gains:
+        axis.axhline(value, color="black", linestyle=":", linewidth=0.8)
+    axis.plot(
+        [], [], color="black", linestyle=":", label=f"FMFA's published gains, n = {len(gains)} (not measured here)"
+    )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="seeds of each row",
+        ylabel="smallest difference in R@1\nseen with 80 % power (points)",
+    )
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("")
+    axis.set_xticks([seed for seed in (2, 3, 5, 10, 20, 30) if seed <= most_seeds])
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
+    axis.set_ylim(0.1, None)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label: str) -> Figure | None:
+    """Show a measure of every run against its R@1, one panel a value of `group`, one colour a row; None without runs.
+
+    Args:
+        table: of `grounding_table` or `counterfactual_table`.
+        group: column of the panels.
+        measure: column on the x axis.
+        label: what it is, with its unit.
+    """
+    if table.empty:
+        return None
+    panels = min(table[group].nunique(), 4)
+    grid = sns.relplot(table, x=measure, y="R@1", col=group, hue="row", style="row", col_wrap=panels, height=2.8, s=60)
+    grid.set_axis_labels("", f"R@1 (%), n = {table[['row', 'seed']].drop_duplicates().shape[0]} runs")
+    grid.set_titles("{col_name}")
+    grid.figure.supxlabel(label, fontsize="medium", y=-0.02)
+    return grid.figure

@@ -1,0 +1,136 @@
+"""What an evaluated run leaves behind, and what the comparison reads of it."""
+
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from fmfa.data.annotations import Dataset
+from fmfa.errors import ConfigError
+from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
+from fmfa.evaluation.controls import shuffle_captions
+from fmfa.records import METRICS as METRICS_FILE
+from fmfa.records import RECORD, read_record, write_json
+from fmfa.results.names import dataset_label, results_split
+from fmfa.simpedes import is_simpedes, read_dataset_record
+
+METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
+CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
+EXPORTED = (RECORD, METRICS_FILE, "evaluation-*.json", "grounding-*.csv", "counterfactual-*.csv")
+Level = tuple[float, float | None, float | None]  # value and interval in percent
+
+
+def save_evaluation(
+    evaluation: Evaluation, dataset: Dataset, split: str, folder: str | Path, start: Evaluation | None = None
+) -> None:
+    """Write `evaluation-SPLIT.json` (metrics, intervals, chance, ceiling) and `queries-SPLIT.csv` (one row a query).
+
+    `start` is the evaluation of the weights that training began with, kept as the zero-shot level; its queries are
+    written to `queries-SPLIT-zero-shot.csv` in the same form, so that rows can be compared with it, and those of the
+    control with shuffled captions to `queries-SPLIT-shuffled.csv`. On another data set
+    than the run's own, SPLIT is "test@SimPEDES-station" (`names.results_split`), so that no file takes another's place.
+    """
+    folder, name = Path(folder), results_split(folder, dataset, split)
+    metrics = evaluation.table().round(4).to_dict("records")
+    record = {"dataset": dataset_label(dataset), "split": split, "metrics": metrics}
+    if is_simpedes(dataset.images.parent):
+        record["ceiling"] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    if start:
+        record["zero_shot"] = start.table().round(4).to_dict("records")
+        write_queries(start, folder / f"queries-{name}-zero-shot.csv")
+    write_queries(evaluation, folder / f"queries-{name}.csv")
+    write_queries(shuffle_captions(evaluation, evaluation.seed), folder / f"queries-{name}-shuffled.csv")
+    write_json(folder / f"evaluation-{name}.json", record)
+
+
+def write_queries(evaluation: Evaluation, path: str | Path) -> None:
+    """Write one row a caption: identity, image, rank of the first hit, and the metrics as fractions."""
+    queries = evaluation.per_query()[["identity", "image", "first_rank", *METRICS]]
+    queries.to_csv(path, index=False, float_format="%.6g")
+
+
+def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame:
+    """Read what was written for each query of a run, compressed or not.
+
+    `kind` is "" for the run itself, "zero-shot" for the weights it started from, "shuffled" for shuffled captions.
+
+    Raises:
+        ConfigError: the run was not evaluated.
+    """
+    path = find_queries(folder, split, kind)
+    if path is None:
+        missing = Path(folder) / _queries_name(split, kind)
+        raise ConfigError(f"{missing} is missing: run notebooks/03_evaluate.ipynb on this run first")
+    return pd.read_csv(path)
+
+
+def find_queries(folder: str | Path, split: str, kind: str = "") -> Path | None:
+    """Path of a run's queries, `.csv` or `.csv.gz`; None where there are none."""
+    name = _queries_name(split, kind)
+    return next((path for path in (Path(folder) / name, Path(folder) / f"{name}.gz") if path.is_file()), None)
+
+
+def _queries_name(split: str, kind: str) -> str:
+    return f"queries-{split}{'-' * bool(kind)}{kind}.csv"
+
+
+def run_folders(results: str | Path) -> list[Path]:
+    """Return the folders of all runs under a results folder, in order of their names."""
+    return [path.parent for path in sorted(Path(results).glob(f"*/{RECORD}"))]
+
+
+def row_and_seed(run: str) -> tuple[str, int]:
+    """Split a run's name ROW-SEED; a name without a number is a row of its own with seed 0."""
+    found = re.fullmatch(r"(.+)-(\d+)", run)
+    return (found[1], int(found[2])) if found else (run, 0)
+
+
+def zero_shot_name(folder: str | Path) -> str | None:
+    """Name the starting weights of a run, of which the two networks have different ones; None for random weights."""
+    config = read_record(folder).get("config", {})
+    if config.get("weights") == "none":
+        return None
+    return f"{ZERO_SHOT} IVT" if config.get("method") == "ivt" else ZERO_SHOT
+
+
+def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
+    """Levels to hold rows against, by name and metric: chance, zero-shot and the ceiling, as far as they are known."""
+    known: dict[str, dict[str, Level]] = {}
+    ceiling: dict[str, Level] = {}
+    for folder in run_folders(results):
+        path = folder / f"evaluation-{split}.json"
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        forward = [m for m in record["metrics"] if m["direction"] == TEXT_TO_IMAGE]
+        known.setdefault(CHANCE, {m["metric"]: (m["chance"], None, None) for m in forward})
+        start = [m for m in record.get("zero_shot", ()) if m["direction"] == TEXT_TO_IMAGE]
+        if start and (name := zero_shot_name(folder)):
+            known.setdefault(name, {m["metric"]: (m["value"], m["low"], m["high"]) for m in start})
+        ceiling = {m: (100 * record["ceiling"][m], None, None) for m in METRICS} if record.get("ceiling") else ceiling
+    return known | ({CEILING: ceiling} if ceiling else {})
+
+
+def export_results(results: str | Path, target: str | Path) -> None:
+    """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
+
+    Queries are compressed, and of equal zero-shot queries only the first are kept.
+    `python -m fmfa.results runs/seeds data/results/seeds` makes the committed tables.
+    """
+    starts: set[bytes] = set()
+    for run in run_folders(results):
+        folder = Path(target) / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (path for pattern in EXPORTED for path in run.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+        for path in sorted([*run.glob("queries-*.csv"), *run.glob("queries-*.csv.gz")]):
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            if ZERO_SHOT in path.name:
+                if content in starts:
+                    continue
+                starts.add(content)
+            (folder / path.name.removesuffix(".gz")).unlink(missing_ok=True)
+            (folder / f"{path.name.removesuffix('.gz')}.gz").write_bytes(gzip.compress(content, mtime=0))

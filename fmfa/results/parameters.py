@@ -1,0 +1,82 @@
+"""Parameters of the notebooks that evaluate a run and compare the runs of a folder, checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmfa.errors import ConfigError
+from fmfa.results.files import row_and_seed
+
+
+@dataclass(frozen=True)
+class EvaluateParameters:
+    """Parameters of `notebooks/03_evaluate.ipynb`, checked."""
+
+    run: str
+    dataset: str
+    root: str
+    scale: str
+    data_seed: int
+    split: str
+    sentence: str
+    folder: str
+    queries: int
+    phrases: int
+    counterfactuals: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises ConfigError."""
+        if self.phrases < 0:
+            raise ConfigError(f"phrases is {self.phrases}; expected 0 (none) or more")
+        if self.counterfactuals < 0:
+            raise ConfigError(f"counterfactuals is {self.counterfactuals}; expected 0 (none) or more")
+        if self.split not in ("train", "val", "test"):
+            raise ConfigError(f"split is {self.split!r}; expected train, val or test")
+        if not 1 <= self.queries <= 20:
+            raise ConfigError(f"queries is {self.queries}; expected 1 to 20 pictures a grid")
+
+
+@dataclass(frozen=True)
+class CompareParameters:
+    """Parameters of `notebooks/04_ablation.ipynb`, checked."""
+
+    results: str
+    baseline: str
+    split: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check that there is a results folder with runs of the baseline row; raises ConfigError."""
+        if not Path(self.results).is_dir():
+            raise ConfigError(f"{self.results} is no folder; expected one with a folder a run, as `make study` writes")
+        rows = sorted({row_and_seed(path.parent.name)[0] for path in Path(self.results).glob("*/run.json")})
+        if self.baseline not in rows:
+            raise ConfigError(f"baseline is {self.baseline!r}; {self.results} has runs of the rows {', '.join(rows)}")
+
+
+@dataclass(frozen=True)
+class VisualiseParameters:
+    """Parameters of `notebooks/05_visualise.ipynb`, checked."""
+
+    runs: list
+    dataset: str
+    root: str
+    scale: str
+    data_seed: int
+    split: str
+    phrases: int
+    positions: list
+    queries: int
+    results: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises ConfigError."""
+        if self.split not in ("train", "val", "test"):
+            raise ConfigError(f"split is {self.split!r}; expected train, val or test")
+        if not 1 <= self.phrases <= 12:
+            raise ConfigError(f"phrases is {self.phrases}; expected 1 to 12, a column of pictures each")
+        if not 1 <= self.queries <= 20:
+            raise ConfigError(f"queries is {self.queries}; expected 1 to 20, a figure each")
+        if self.results and not Path(self.results).is_dir():
+            raise ConfigError(f"{self.results} is no folder; expected one with a folder a run, as `make study` writes")

@@ -1,0 +1,104 @@
+"""Tables of levels: one system, every run, every row of the study, and what the papers publish."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from fmfa.data.annotations import Dataset
+from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
+from fmfa.records import read_record
+from fmfa.results.files import CEILING, CHANCE, METRICS, Level, find_queries, read_queries, references, run_folders
+from fmfa.results.rows import read_rows
+from fmfa.simpedes import is_simpedes, read_dataset_record
+
+PUBLISHED = Path(__file__).parents[2] / "data" / "published.csv"
+
+
+def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -> pd.DataFrame:
+    """Percentages of each system with 95 % intervals over identities, above chance and below the ceiling.
+
+    Args:
+        systems: by name, all evaluated on the same split.
+        dataset: what they were evaluated on; SimPEDES has a ceiling for val and test.
+        split: of the data set.
+
+    Returns:
+        One row a system and direction, then chance and, where it is known, the ceiling; columns are the metrics, each
+        a string "value [low, high]", and the numbers of queries and gallery items.
+    """
+    rows = []
+    for name, evaluation in systems.items():
+        for direction, values in evaluation.table().groupby("direction", sort=False):
+            row = {"system": name, "direction": direction}
+            row |= {v.metric: shown((v.value, v.low, v.high)) for v in values.itertuples()}
+            rows.append(row | {"queries": values["queries"].iloc[0], "gallery": values["gallery"].iloc[0]})
+    levels = {CHANCE: next(iter(systems.values())).chance[TEXT_TO_IMAGE]}
+    if is_simpedes(dataset.images.parent):
+        levels[CEILING] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    for name, known in levels.items():
+        if known:
+            percent = {metric: shown((100 * known[metric], None, None)) for metric in METRICS}
+            rows.append({"system": name, "direction": TEXT_TO_IMAGE} | percent)
+    return pd.DataFrame(rows, dtype=object).fillna("")
+
+
+def shown(level: Level) -> str:
+    """Write a level as "value [low, high]", or "value" without an interval."""
+    value, low, high = level
+    return f"{value:.1f}" if low is None else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
+    """Collect every run under a results folder: name, method, seed, status, best epoch, seconds and metrics in percent.
+
+    Failed, interrupted and unevaluated runs stay in the table, with their status and empty metrics. Chance, the
+    zero-shot level and the ceiling follow with the status "reference".
+    """
+    rows = []
+    for folder in run_folders(results):
+        record = read_record(folder)
+        config = record.get("config", {})
+        row = {"run": folder.name, "method": config.get("method"), "preset": config.get("preset"),
+               "objectives": config.get("objectives"), "seed": record.get("seed"), "status": record.get("status"),
+               "best_epoch": record.get("best_epoch")}  # fmt: skip
+        if find_queries(folder, split):
+            row |= (100 * read_queries(folder, split)[list(METRICS)].mean()).to_dict()
+        rows.append(row)
+    for name, levels in references(results, split).items():
+        rows.append({"run": name, "status": "reference"} | {metric: level[0] for metric, level in levels.items()})
+    return pd.DataFrame(rows)
+
+
+def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Return the mean of each row of the study over its seeds, with 95 % intervals over seeds and identities.
+
+    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone. Chance, the zero-shot level
+    of the starting weights and the ceiling of the captions follow, as far as the evaluations know them.
+    """
+    found, table = read_rows(results, split), []
+    for name, runs in found.runs.items():
+        row: dict[str, str | int] = {"row": name, "seeds": len(runs), "queries": len(found.identity)}
+        for metric in METRICS:
+            mean = found.mean(name, metric, seed)
+            row[metric] = shown((100 * mean.estimate, 100 * mean.low, 100 * mean.high))
+        table.append(row)
+    for name, levels in references(results, split).items():
+        table.append({"row": name} | {metric: shown(level) for metric, level in levels.items()})
+    return pd.DataFrame(table, dtype=object).fillna("")
+
+
+def published_table() -> pd.DataFrame:
+    """Return R@1 that papers publish on the real data sets, by method and starting weights, with its source."""
+    table = pd.read_csv(PUBLISHED)
+    table = table[~table["method"].str.startswith("ablation")]
+    return table.pivot_table(index=["method", "initialisation"], columns="dataset", values="R1", sort=False)
+
+
+def published_gains(first: str, second: str) -> pd.Series:
+    """Published differences in R@1 (points), `first` minus `second`, by data set and starting weights.
+
+    Measured by the papers' authors on real data, one run each, and not here. Empty where a method is not listed.
+    """
+    r1 = pd.read_csv(PUBLISHED).set_index(["dataset", "initialisation", "method"])["R1"].unstack("method")
+    known = {first, second} <= set(r1.columns)
+    return (r1[first] - r1[second]).dropna().rename("R@1 difference") if known else pd.Series(dtype=float)

@@ -1,0 +1,327 @@
+"""The comparison's tables and figures on small made-up results, and on the committed ones."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from fmfa import results as study
+from fmfa.errors import ConfigError
+from fmfa.results.claims import read_claims
+from fmfa.results.files import row_and_seed
+from fmfa.results.power import COMPONENTS
+from fmfa.results.rows import read_rows
+from fmfa.results.tables import published_gains
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "data" / "results" / "seeds"
+PEOPLE, QUERIES = 40, 4
+IDENTITY = np.repeat(np.arange(PEOPLE), QUERIES)
+
+
+def queries(hits):
+    """A table of queries with R@1 as given and the rest following from it."""
+    images = [f"{place}.png" for place in range(len(hits))]
+    columns = {"identity": IDENTITY[: len(hits)], "image": images, "first_rank": 2 - np.asarray(hits)}
+    return pd.DataFrame(columns | {name: np.asarray(hits, dtype=float) for name in study.METRICS})
+
+
+def draw(share, seed):
+    """Hits of one run: persons of their own difficulty, the same in every run, and chance on top."""
+    ease = np.random.default_rng(0).random(PEOPLE)[IDENTITY]
+    return (np.random.default_rng([seed, int(1000 * share)]).random(len(IDENTITY)) < share * (0.7 + 0.6 * ease)) * 1
+
+
+def write_run(results, run, hits=None, method="clip", start=None, **record):
+    folder = results / run
+    folder.mkdir(parents=True)
+    seed = row_and_seed(run)[1]
+    config = {"method": method, "preset": "paper", "objectives": "", "dataset": "SimPEDES-street"}
+    known = {"config": config, "seed": seed, "status": "finished"}
+    (folder / "run.json").write_text(json.dumps(known | record))
+    if hits is None:
+        return folder
+    queries(hits).to_csv(folder / "queries-test.csv", index=False)
+    level = {"direction": "text to image", "low": 1.0, "high": 99.0, "chance": 2.5, "queries": len(hits)}
+    metrics = [level | {"metric": name, "value": 100 * np.mean(hits)} for name in study.METRICS]
+    evaluation = {"dataset": "SimPEDES-street", "metrics": metrics, "ceiling": dict.fromkeys(study.METRICS, 0.9)}
+    if start is not None:
+        queries(start).to_csv(folder / "queries-test-zero-shot.csv", index=False)
+        evaluation["zero_shot"] = [level | {"metric": name, "value": 100 * np.mean(start)} for name in study.METRICS]
+    (folder / "evaluation-test.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A study: IRRA far above CLIP, FMFA like IRRA, A-SDM far below, some runs failed, one row with one seed."""
+    shares = {"clip": 0.3, "irra": 0.6, "fmfa": 0.6, "asdm": 0.2}
+    start = draw(0.3, 99)
+    for row, share in shares.items():
+        for seed in range(4):
+            best = 0.5 + 0.01 * seed
+            write_run(tmp_path / "runs", f"{row}-{seed}", draw(share, seed), start=start, best=best)
+    write_run(tmp_path / "runs", "sdm-efa-0", draw(0.6, 0))
+    write_run(tmp_path / "runs", "ivt-0", method="ivt", status="failed")
+    write_run(tmp_path / "runs", "broken-1", status="running")
+    yield tmp_path / "runs"
+    plt.close("all")
+
+
+def test_the_figures_of_the_readme_come_from_the_committed_results():
+    table = study.rows_paired_table(COMMITTED, "irra").set_index("row")
+    for row, expected in (("clip", [2.0, -13.0, 16.1]), ("fmfa", [-0.3, -6.3, 5.6])):
+        assert [f"{v:.1f}" for v in table.loc[row, ["R@1 difference", "low", "high"]]] == [f"{v:.1f}" for v in expected]
+    control = study.claims_table(COMMITTED, kind="controls").set_index("row").loc["clip"]
+    assert [f"{v:.1f}" for v in control[["R@1 difference", "low", "high"]]] == ["12.7", "3.3", "22.1"]
+    verdicts = study.claims_table(COMMITTED).set_index(["row", "minus"])["verdict"]
+    assert verdicts["fmfa", "irra"] == verdicts["irra", "clip"] == "cannot be told apart"
+    assert verdicts["ivt", "ivt-base"] == "not run"
+
+
+def test_runs_and_rows_stand_between_chance_zero_shot_and_ceiling(results):
+    runs = study.run_results(results).set_index("run")
+    assert runs.loc["ivt-0", "status"] == "failed"
+    assert runs.loc["broken-1", "status"] == "running"
+    assert np.isnan(runs.loc["ivt-0", "R@1"])
+    assert list(runs.index[-3:]) == ["chance", "zero-shot", "ceiling of the captions"]
+    assert runs.loc["irra-2", "R@1"] == pytest.approx(100 * draw(0.6, 2).mean())
+    rows = study.seeds_table(results).set_index("row")
+    assert rows.loc["irra", "seeds"] == 4
+    assert rows.loc["sdm-efa", "seeds"] == 1
+    assert list(rows["R@1"][-3:]) == ["2.5", f"{100 * draw(0.3, 99).mean():.1f} [1.0, 99.0]", "90.0"]
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have(results):
+    shutil.rmtree(results / "irra-3")
+    table = study.rows_paired_table(results, "irra").set_index("row")
+    mean = np.mean([draw(0.3, s).mean() - draw(0.6, s).mean() for s in range(3)])
+    assert table.loc["clip", "R@1 difference"] == pytest.approx(100 * mean)
+    assert list(table.loc[["clip", "sdm-efa", "zero-shot"], "seeds"]) == [3, 1, 3]
+    assert table.loc["clip", "p (Holm)"] >= table.loc["clip", "p"]
+    assert np.isnan(table.loc["sdm-efa", "p"])
+    assert table.loc["sdm-efa", "p (these networks)"] > 0
+    base = np.mean([draw(0.6, s).mean() for s in range(3)])
+    assert table.loc["zero-shot", "R@1 difference"] == pytest.approx(100 * (draw(0.3, 99).mean() - base))
+    assert table.loc["ceiling of the captions", "R@1 difference"] == pytest.approx(90 - 100 * base)
+    no_baseline = study.rows_paired_table(results, "ivt").set_index("row")
+    assert no_baseline["R@1 difference"].isna().all()
+    assert no_baseline.loc["clip", "R@1"] == pytest.approx(100 * np.mean([draw(0.3, s).mean() for s in range(4)]))
+
+
+def test_rows_without_a_shared_seed_and_other_queries(results):
+    for seed in range(4):
+        (results / f"fmfa-{seed}").rename(results / f"fmfa-{seed + 10}")
+    line = study.rows_paired_table(results, "irra").set_index("row").loc["fmfa"]
+    assert line["seeds"] == 0
+    assert np.isnan(line["R@1 difference"])
+    write_run(results, "other-0", draw(0.5, 0)[:-1])
+    with pytest.raises(ConfigError, match="other-0 was evaluated on other queries"):
+        study.rows_paired_table(results, "irra")
+
+
+def test_starting_weights_have_the_name_of_their_network(tmp_path):
+    write_run(tmp_path, "clip-0", draw(0.5, 0), start=draw(0.3, 1))
+    write_run(tmp_path, "ivt-0", draw(0.5, 1), method="ivt", start=draw(0.1, 1))
+    folder = write_run(tmp_path, "random-0", draw(0.5, 2), start=draw(0.02, 1))
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["weights"] = "none"
+    (folder / "run.json").write_text(json.dumps(record))
+    rows = read_rows(tmp_path, "test")
+    assert rows.names == ["clip", "ivt", "random", "zero-shot", "zero-shot IVT"]
+    assert rows.values("zero-shot IVT").mean() == draw(0.1, 1).mean()
+
+
+def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
+    for path in results.glob("*/queries-test-zero-shot.csv"):
+        path.unlink()
+    line = study.rows_paired_table(results, "irra").set_index("row").loc["zero-shot"]
+    assert line["R@1"] == pytest.approx(100 * draw(0.3, 99).mean())
+    assert np.isnan(line["low"])
+
+
+def test_claims_get_their_verdicts(results):
+    table = study.claims_table(results).set_index(["row", "minus"])
+    assert table.loc[("irra", "clip"), "verdict"] == "holds"
+    assert table.loc[("fmfa", "irra"), "verdict"] == "cannot be told apart"
+    assert table.loc[("asdm", "irra"), "verdict"] == "does not hold"
+    assert table.loc[("fmfa", "asdm"), "verdict"] == "holds"
+    assert table.loc[("sdm-efa", "irra"), "verdict"] == "cannot be told apart"
+    assert "one seed says nothing" in table.loc[("sdm-efa", "irra"), "in words"]
+    assert table.loc[("ivt", "ivt-base"), "verdict"] == "not run"
+    assert table.loc[("fmfa", "irra"), "published"] == "+0.14 to +1.55 (n = 9)"
+    known = table["p"].notna()
+    assert (table.loc[known, "p (Holm)"] >= table.loc[known, "p"]).all()
+    assert table.loc[~known, "p (Holm)"].isna().all()
+
+
+def test_controls_and_oracles_get_theirs(results):
+    for seed in range(4):
+        write_run(results, f"shuffled-pairs-{seed}", draw(0.1, seed))
+        write_run(results, f"weak-loss-{seed}", draw(0.31, seed))
+    table = study.claims_table(results, kind="controls").set_index("row")
+    assert list(table.loc[["shuffled-pairs", "weak-loss"], "verdict"]) == ["as it must be", "cannot be told apart"]
+    for seed in range(4):
+        queries(draw(0.7, seed)).to_csv(results / f"shuffled-pairs-{seed}" / "queries-test.csv", index=False)
+    table = study.claims_table(results, kind="controls").set_index("row")
+    assert table.loc["shuffled-pairs", "verdict"] == "not as it must be"
+    assert (study.claims_table(results, kind="oracles")["verdict"] == "not run").all()
+    with pytest.raises(ConfigError, match="claims, controls, oracles"):
+        study.claims_table(results, kind="wishes")
+
+
+@pytest.mark.parametrize("kind", ["claims", "controls", "oracles"])
+def test_the_definitions_of_claims_are_complete(kind):
+    claims = read_claims(kind)
+    assert len({(claim["row"], claim["minus"]) for claim in claims}) == len(claims)
+    for claim in claims:
+        assert claim["claim"].endswith(".")
+        assert claim.get("expected", "above") in ("above", "below", "not above")
+        if "published" in claim:
+            assert len(published_gains(*claim["published"])) >= 3
+    assert published_gains("FMFA", "nobody").empty
+
+
+def test_shuffled_captions_against_chance(results):
+    assert study.shuffled_table(results).empty
+    few = np.arange(len(IDENTITY)) % 40 == 0  # 2.5 %
+    queries(few * 1).to_csv(results / "clip-0" / "queries-test-shuffled.csv", index=False)
+    queries(draw(0.5, 5)).to_csv(results / "irra-0" / "queries-test-shuffled.csv", index=False)
+    table = study.shuffled_table(results).set_index("row")
+    assert list(table["at chance"]) == [True, False]
+    assert (table["chance"] == 2.5).all()
+
+
+def test_power_of_the_committed_results():
+    table = study.components_table(COMMITTED)
+    assert list(zip(table["row"], table["minus"], strict=True)) == [("fmfa", "irra"), ("irra", "clip")]
+    fmfa_minus_irra = (-1.4375, 2.4375, -1.75)  # points of R@1 of seeds 0, 1 and 2
+    assert table["seed means"].iloc[0] == pytest.approx(np.std(fmfa_minus_irra, ddof=1), abs=1e-6)
+    assert (table["seed means low"] < table["seed means"]).all()
+    assert (table["seed means"] < table["seed means high"]).all()
+    assert (table[list(COMPONENTS)] >= 0).all(axis=None)
+    seen = study.power_table(table, (2, 5), (1000,))
+    assert list(seen.columns) == ["200 identities", "1,000 identities"]
+    assert (seen.loc[5] < seen.loc[2]).all()
+    gains = study.gains_table(table, (5000,))
+    assert list(gains["published gain"].iloc[[0, -1]].round(2)) == [0.14, 1.55]
+    assert set(gains["seeds with 200 identities"]) == {"never"}
+    assert int(gains["seeds with 5,000 identities"].iloc[-1]) > 5
+
+
+def test_one_seed_has_no_power_table(results):
+    for path in [p for p in results.iterdir() if p.name[-1] in "123"]:
+        shutil.rmtree(path)
+    table = study.components_table(results)
+    assert table.empty
+    assert study.plot_power(table) is None
+    assert study.selection_table(results)["row"].tolist() == ["all rows"]
+
+
+def test_selecting_on_test_by_hand(tmp_path):
+    # Two persons, two runs that each know one of them: whoever is shown picks a run that knows nobody else.
+    for seed, hits in enumerate(([1, 1, 0, 0], [0, 0, 1, 1])):
+        write_run(tmp_path, f"irra-{seed}", hits, best=0.4 + seed / 10)
+    for path in tmp_path.glob("*/queries-test.csv"):
+        pd.read_csv(path).assign(identity=[0, 0, 1, 1]).to_csv(path, index=False)
+    line = study.selection_table(tmp_path, halves=20).iloc[0]
+    assert (line["claimed"], line["on other people"], line["optimism"]) == (100, 0, 100)
+    assert (line["mean of the runs"], line["lucky run"], line["chosen on validation"]) == (50, -50, 50)
+
+
+def test_selecting_on_test_among_equal_and_unequal_runs(results):
+    table = study.selection_table(results).set_index("row")
+    assert set(table.index) == {"clip", "irra", "fmfa", "asdm", "all rows"}
+    assert (table["optimism"] > -1).all()
+    assert table["optimism"].mean() > 0
+    assert table.loc["irra", "chosen on validation"] == pytest.approx(100 * draw(0.6, 3).mean())
+    assert np.isnan(table.loc["all rows", "chosen on validation"])  # sdm-efa kept no validation
+    for seed in range(4):
+        queries(draw(0.6, 0)).to_csv(results / f"irra-{seed}" / "queries-test.csv", index=False)
+    equal = study.selection_table(results).set_index("row").loc["irra"]
+    assert equal["optimism"] == pytest.approx(0, abs=1.5)  # nothing to choose from: halves differ by chance alone
+
+
+def grounding(folder, hits):
+    lines = [{"map": name, "part": part, "visibility": "all", "phrases": 50, "hit": hit, "chance_hit": 0.1,
+              "prior_hit": 0.3} for name, hit in hits.items() for part in ("all", "bag")]  # fmt: skip
+    pd.DataFrame(lines).to_csv(folder / "grounding-test.csv", index=False)
+
+
+def test_grounding_against_retrieval(results):
+    assert study.grounding_table(results).empty
+    assert study.correlation_table(study.grounding_table(results), "map", "over chance").empty
+    rng = np.random.default_rng(0)
+    for folder in results.glob("*-[0-3]"):
+        if (folder / "queries-test.csv").is_file():
+            share = pd.read_csv(folder / "queries-test.csv")["R@1"].mean()
+            grounding(folder, {"token-patch": 0.2 + share / 2, "gradient": rng.random()})
+    table = study.grounding_table(results)
+    assert len(table) == 2 * 17
+    line = table[(table["row"] == "irra") & (table["seed"] == 1) & (table["map"] == "token-patch")].iloc[0]
+    assert line["over chance"] == pytest.approx(10 + line["R@1"] / 2)
+    assert line["over prior"] == pytest.approx(line["over chance"] - 20)
+    found = study.correlation_table(table, "map", "over chance").set_index("map")
+    assert found.loc["token-patch", "rho"] == pytest.approx(1)
+    one = table[table["map"] == "gradient"]
+    assert found.loc["gradient", "rho"] == pytest.approx(stats.spearmanr(one["over chance"], one["R@1"]).statistic)
+    assert found.loc["gradient", "low"] < found.loc["gradient", "rho"] < found.loc["gradient", "high"]
+    assert list(found["rows"]) == [5, 5]
+    few = study.correlation_table(table[table["row"].isin(["irra", "clip"])], "map", "over chance")
+    assert few["low"].isna().all()
+    figure = study.plot_against_retrieval(table, "map", "over chance", "pointing game over chance (points)")
+    assert "n = 17 runs" in figure.axes[0].get_ylabel()
+
+
+def test_changed_attributes(results):
+    lines = [{"kind": "picture", "attribute": name, "pairs": 9, "right": 0.7, "effect": 0.2} for name in ("all", "bag")]
+    pd.DataFrame(lines).to_csv(results / "clip-0" / "counterfactual-test.csv", index=False)
+    table = study.counterfactual_table(results)
+    assert table[["row", "seed", "kind", "moves right", "pairs"]].values.tolist() == [["clip", 0, "picture", 70.0, 9]]
+
+
+def test_figures_are_labelled_and_show_every_row(results):
+    axis = study.plot_comparison(results).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()][-1] == "sdm-efa (1 seed)"
+    assert f"n = {PEOPLE * QUERIES} queries of {PEOPLE} identities" in axis.get_xlabel()
+    claims = study.plot_claims(study.claims_table(results)).axes[0]
+    assert "IRRA beats plain CLIP fine-tuning." in [label.get_text() for label in claims.get_yticklabels()]
+    assert "points" in study.plot_power(study.components_table(results)).axes[0].get_ylabel()
+    assert study.plot_claims(study.claims_table(results, kind="oracles")) is None
+    with pytest.raises(ConfigError, match="no run evaluated on val"):
+        study.plot_comparison(results, "val")
+
+
+def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
+    grounding(results / "irra-0", {"gradient": 0.4})
+    (results / "irra-0" / "metrics.csv").write_text("run,split,epoch,step,metric,value\n")
+    (results / "irra-0" / "train.html").write_text("large")
+    target = tmp_path / "exported"
+    for _ in range(2):  # a second export replaces the first
+        study.export_results(results, target)
+    names = {path.name for path in (target / "irra-0").iterdir()}
+    assert names == {"run.json", "metrics.csv", "evaluation-test.json", "grounding-test.csv", "queries-test.csv.gz"}
+    assert len(list(target.glob("*/queries-test-zero-shot.csv.gz"))) == 1
+    content = gzip.decompress((target / "irra-0" / "queries-test.csv.gz").read_bytes())
+    assert content == (results / "irra-0" / "queries-test.csv").read_bytes()
+    for make in (study.run_results, study.seeds_table, study.claims_table, study.grounding_table):
+        pd.testing.assert_frame_equal(make(results), make(target))
+    again = tmp_path / "again"
+    study.export_results(target, again)
+    assert (again / "irra-0" / "queries-test.csv.gz").read_bytes() == (
+        target / "irra-0" / "queries-test.csv.gz"
+    ).read_bytes()
+
+
+def test_parameters_name_what_is_there(results):
+    study.CompareParameters(results=str(results), baseline="ivt", split="test", seed=0)  # failed, but there
+    with pytest.raises(ConfigError, match="of the rows asdm, broken, clip"):
+        study.CompareParameters(results=str(results), baseline="irrra", split="test", seed=0)
+    with pytest.raises(ConfigError, match="is no folder"):
+        study.CompareParameters(results=str(results / "nowhere"), baseline="irra", split="test", seed=0)
