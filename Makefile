@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab check weights clean
+.PHONY: help study plan report test lab check weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -19,14 +19,33 @@ $(READY): pyproject.toml constraints.txt
 		--constraint constraints.txt --editable .[test]
 	@touch $@
 
+# What the study does: study.yml has the scales and rows. On real data: ROOTS="CUHK-PEDES=/data/CUHK-PEDES ..."
 SCALE ?= quick
-SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --config scale=$(SCALE)
+ROWS ?=
+SEEDS ?=
+DATASETS ?=
+ROOTS ?=
+WEIGHTS ?=
+GPUS ?= 1
+ASKED = scale=$(SCALE) $(if $(ROWS),"chosen=$(ROWS)") $(if $(SEEDS),seeds=$(SEEDS)) $(if $(WEIGHTS),"weights=$(WEIGHTS)") \
+	$(if $(DATASETS),"datasets=$(DATASETS)") $(foreach root,$(ROOTS),"root_$(root)")
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --resources gpu=$(GPUS) --rerun-triggers mtime \
+	--rerun-incomplete --keep-going
+REPORT = { $(SNAKEMAKE) --quiet all --config $(ASKED) only_finished=true --forcerun report -- all || \
+	{ PATH="$(CURDIR)/$(BIN):$$PATH" python -m fmfa.report runs/$(SCALE) && false; }; } && \
+	echo "The report: $(CURDIR)/runs/$(SCALE)/report.html"
 
-study: $(READY)  ## the main job on the embedded data, into runs/ (SCALE=quick, or another of study.yml)
-	@$(SNAKEMAKE) --unlock --quiet all 2>/dev/null || true
-	@$(SNAKEMAKE) --cores all --rerun-incomplete --keep-incomplete --keep-going --rerun-triggers mtime --quiet rules
-	@echo "The data: $(CURDIR)/runs/$(SCALE)/data.html"
-	@echo "The comparison: $(CURDIR)/runs/$(SCALE)/comparison.html"
+study: $(READY)  ## the main job on the embedded data, into runs/ (SCALE=quick, or another of study.yml; ROWS="fmfa alpha")
+	@$(SNAKEMAKE) --unlock --quiet all --config $(ASKED) 2>/dev/null || true
+	@failed=0; $(SNAKEMAKE) --quiet rules host --config $(ASKED) -- evaluations || failed=1; \
+		$(REPORT) && exit $$failed
+
+report: $(READY)  ## the comparison, pictures and report of what is finished (make study ends with it)
+	@$(REPORT)
+
+plan: $(READY)  ## what make study would run, and for how long
+	@$(BIN)/python -m fmfa.plan $(ASKED)
+	@$(SNAKEMAKE) --dry-run --quiet rules reason host --config $(ASKED) 2>&1 | sed -n '/^job /,/^total/p; /^total/q'
 
 test: $(READY)  ## every test, the linter and the notebooks
 	@$(BIN)/ruff check
@@ -39,8 +58,9 @@ lab: $(READY)  ## JupyterLab in the same environment
 check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
 	@$(BIN)/python -m fmfa.check $(ROOT)
 
-weights: $(READY)  ## make the shipped weights anew (about a quarter of an hour on two cores)
+weights: $(READY)  ## make the shipped weights anew (about an hour on two cores)
 	@$(BIN)/python -m fmfa.pretrain data/tiny_clip.safetensors
+	@$(BIN)/python -m fmfa.pretrain data/tiny_ivt.safetensors --method ivt
 
 clean:  ## remove the environment and what was made; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

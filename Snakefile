@@ -1,73 +1,197 @@
-# The study as a workflow: data -> one training a (row, seed) -> evaluation -> comparison. Every step is a notebook
-# executed by the package's runner. `make study`, or: snakemake --cores all --config scale=quick
+# The study as a workflow: data -> one training a run -> evaluation -> comparison and pictures -> report. Every step is
+# a notebook executed by the package's runner; fmfa.study reads study.yml. `make study` calls it, or a cluster does
+# (README). Trainings and evaluations never start again because a notebook was edited: delete the run's folder for that.
+# A step is done when its flag NAME.done lies beside NAME.ipynb, so that failed notebooks stay to be read and are retried.
+import json
+import os
+import shlex
+from glob import glob
+
+from fmfa.errors import ConfigError
+from fmfa.study import read_study
+
+
 configfile: "study.yml"
 
-NAME = config.get("scale", "quick")
-SCALE = config["scales"][NAME]
-OUT = f"runs/{NAME}"
-RUNS = [f"{row}-{seed}" for row in SCALE["rows"] for seed in SCALE["seeds"]]
-DATA = " ".join(f"-p {name} {value}" for name, value in SCALE["data"].items())
+
+try:
+    STUDY = read_study(config)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+DATA = {f"{STUDY.folder}/data-{run.data['dataset']}.done": run.data for run in (*STUDY.runs, *STUDY.cross)}
+WEIGHTS = {"clip": "data/tiny_clip.safetensors", "irra": "data/tiny_clip.safetensors",
+           "fmfa": "data/tiny_clip.safetensors", "ivt": "data/tiny_ivt.safetensors"}
 RUN = "OMP_NUM_THREADS={threads} python -m fmfa.runner"
 
 
-def training(wildcards):
-    values = {**SCALE["data"], **SCALE["train"], **config["rows"][wildcards.row], "seed": wildcards.seed}
-    return " ".join(f"-p {name} '{value}'" for name, value in values.items())
+def given(values):
+    return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items())
+
+
+def data_notebook(wildcards):
+    return ancient(f"{STUDY.folder}/data-{STUDY.find(wildcards.run).data['dataset']}.done")
+
+
+def starting_weights(wildcards):
+    parameters = STUDY.find(wildcards.run).parameters
+    embedded = parameters["dataset"].startswith("SimPEDES") and "weights" not in parameters
+    return ancient(WEIGHTS[parameters["method"]]) if embedded else []
+
+
+def trained(wildcards):
+    run = STUDY.find(wildcards.run)
+    return f"{run.source or run.folder}/train.done"
+
+
+def evaluated(wildcards):
+    runs = [run for run in (*STUDY.runs, *STUDY.cross) if run.folder.startswith(f"{wildcards.results}/")]
+    return [f"{run.folder}/evaluate.done" for run in runs]
+
+
+def baseline(wildcards):
+    wanted, rows = STUDY.settings["baseline"], [run.row for run in STUDY.results[wildcards.results]]
+    there = wanted in rows or any(glob(f"{wildcards.results}/{wanted}-*/evaluate.done"))
+    return wanted if there else rows[0]
+
+
+def shown(wildcards):
+    """The first run of each row that the pictures show; of the others where none of those is there."""
+    first = [run for run in STUDY.results[wildcards.results] if run.seed == 0]
+    return [run for run in first if run.row in STUDY.settings["shown"]] or first[:1]
+
+
+def linked(wildcards):
+    """A cross-domain evaluation gets a run folder of its own, with links to the run's record and checkpoints."""
+    run = STUDY.find(wildcards.run)
+    if not run.source:
+        return "true"
+    names = "run.json config.json metrics.csv vocab.txt checkpoints"
+    source, folder = shlex.quote(os.path.abspath(run.source)), shlex.quote(run.folder)
+    return f"for name in {names}; do if [ -e {source}/$name ]; then ln -sfn {source}/$name {folder}/$name; fi; done"
 
 
 wildcard_constraints:
-    seed=r"\d+",
+    run="|".join(map(re.escape, [run.folder for run in (*STUDY.runs, *STUDY.cross)])),
+    results="|".join(map(re.escape, STUDY.results)),
+
+
+localrules:
+    all,
+    evaluations,
 
 
 rule all:
     input:
-        f"{OUT}/comparison.ipynb",
+        f"{STUDY.folder}/report.html",
+
+
+rule evaluations:
+    input:
+        [f"{run.folder}/evaluate.done" for run in (*STUDY.runs, *STUDY.cross)],
 
 
 rule data:
     input:
-        "notebooks/01_data.ipynb",
+        ancient("notebooks/01_data.ipynb"),
     output:
-        f"{OUT}/data.ipynb",
+        touch(f"{STUDY.folder}/data-{{dataset}}.done"),
+    params:
+        values=lambda wildcards, output: given(DATA[str(output)]),
     threads: 2
     shell:
-        f"{RUN} {{input}} {{output}} {DATA}"
+        f"{RUN} {{input}} {STUDY.folder}/data-{{wildcards.dataset}}.ipynb {{params.values}}"
+
+
+rule clip_weights:
+    output:
+        "data/tiny_clip.safetensors",
+    threads: 2
+    shell:
+        "python -m fmfa.pretrain {output}"
+
+
+rule ivt_weights:
+    output:
+        "data/tiny_ivt.safetensors",
+    threads: 2
+    shell:
+        "python -m fmfa.pretrain {output} --method ivt"
 
 
 rule train:
     input:
-        f"{OUT}/data.ipynb",
-        notebook="notebooks/02_train.ipynb",
-        weights="data/tiny_clip.safetensors",
+        data_notebook,
+        starting_weights,
+        notebook=ancient("notebooks/02_train.ipynb"),
     output:
-        f"{OUT}/{{row}}-{{seed}}/train.ipynb",
+        touch("{run}/train.done"),
     params:
-        values=training,
-        folder=lambda wildcards: os.path.abspath(f"{OUT}/{wildcards.row}-{wildcards.seed}"),
+        values=lambda wildcards: given(STUDY.find(wildcards.run).parameters),
+        folder=lambda wildcards: os.path.abspath(wildcards.run),
+    resources:
+        gpu=STUDY.settings.get("gpu", 0),
     shell:
-        f"{RUN} {{input.notebook}} {{output}} {{params.values}} -p run {{params.folder}}"
+        f"{RUN} {{input.notebook}} {{wildcards.run}}/train.ipynb {{params.values}} -p run {{params.folder}}"
 
 
 rule evaluate:
     input:
-        f"{OUT}/{{row}}-{{seed}}/train.ipynb",
-        notebook="notebooks/03_evaluate.ipynb",
+        trained,
+        data_notebook,
+        notebook=ancient("notebooks/03_evaluate.ipynb"),
     output:
-        f"{OUT}/{{row}}-{{seed}}/evaluate.ipynb",
+        touch("{run}/evaluate.done"),
     params:
-        folder=lambda wildcards: os.path.abspath(f"{OUT}/{wildcards.row}-{wildcards.seed}"),
+        links=linked,
+        values=lambda wildcards: given(STUDY.find(wildcards.run).data),
+        folder=lambda wildcards: os.path.abspath(wildcards.run),
+    resources:
+        gpu=STUDY.settings.get("gpu", 0),
     shell:
-        f"{RUN} {{input.notebook}} {{output}} {DATA} -p run {{params.folder}}"
+        f"{{params.links}} && {RUN} {{input.notebook}} {{wildcards.run}}/evaluate.ipynb {{params.values}}"
+        " -p run {params.folder}"
 
 
 rule compare:
     input:
-        expand(f"{OUT}/{{run}}/evaluate.ipynb", run=RUNS),
+        evaluated,
         notebook="notebooks/04_ablation.ipynb",
     output:
-        f"{OUT}/comparison.ipynb",
+        touch("{results}/comparison.done"),
     params:
-        folder=os.path.abspath(OUT),
-        baseline=SCALE["baseline"],
+        folder=lambda wildcards: os.path.abspath(wildcards.results),
+        baseline=baseline,
     shell:
-        f"{RUN} {{input.notebook}} {{output}} -p results {{params.folder}} -p baseline {{params.baseline}}"
+        f"{RUN} {{input.notebook}} {{wildcards.results}}/comparison.ipynb -p results {{params.folder}}"
+        " -p baseline {params.baseline}"
+
+
+rule pictures:
+    input:
+        lambda wildcards: [f"{run.folder}/evaluate.done" for run in shown(wildcards)],
+        notebook="notebooks/05_visualise.ipynb",
+    output:
+        touch("{results}/pictures.done"),
+    params:
+        folder=lambda wildcards: os.path.abspath(wildcards.results),
+        runs=lambda wildcards: shlex.quote(json.dumps([os.path.abspath(run.folder) for run in shown(wildcards)])),
+        values=lambda wildcards: given(STUDY.results[wildcards.results][0].data),
+    resources:
+        gpu=STUDY.settings.get("gpu", 0),
+    shell:
+        f"{RUN} {{input.notebook}} {{wildcards.results}}/pictures.ipynb {{params.values}} -p runs {{params.runs}}"
+        " -p results {params.folder}"
+
+
+rule report:
+    input:
+        sorted(DATA),
+        expand("{results}/comparison.done", results=STUDY.results),
+        expand("{results}/pictures.done", results=STUDY.results),
+    output:
+        f"{STUDY.folder}/report.html",
+    params:
+        folder=STUDY.folder,
+        shown=" ".join(f"{row}-0" for row in STUDY.settings["shown"]),
+    shell:
+        "python -m fmfa.report {params.folder} {output} --shown {params.shown}"

@@ -1,21 +1,16 @@
-"""Notebooks 02 to 04 as a chain, the workflow's jobs, and a full-size model on a directory in CUHK-PEDES format."""
+"""Notebooks 02 to 04 as a chain, and a full-size model on a directory in CUHK-PEDES format."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 import torch
-import yaml
 from formats import write_cuhk
 
 from fmfa.models.clip import ClipRetriever
-from fmfa.parameters import notebook_parameters, resolve_parameters
 from fmfa.results import METRICS, paired_table, run_results
 from fmfa.runner import run_notebook
 from fmfa.simpedes import generate, recipe
@@ -67,10 +62,11 @@ def test_train_evaluate_compare(tiny, tmp_path):
     (results / "broken-0").mkdir()
     (results / "broken-0" / "run.json").write_text(json.dumps({"status": "failed", "error": "disk full"}))
     record, text, figures = run(
-        "04_ablation.ipynb", results / "comparison.ipynb", results=str(results), baseline="clip-0"
+        "04_ablation.ipynb", results / "comparison.ipynb", results=str(results), baseline="clip"
     )
     assert record["status"] == "finished"
-    assert figures == 1
+    assert "No two rows share two seeds" in text
+    assert figures >= 1
     table = run_results(results).set_index("run")
     assert table.loc["broken-0", "status"] == "failed"
     queries = pd.read_csv(results / "fmfa-0" / "queries-test.csv")
@@ -101,28 +97,3 @@ def test_a_full_size_model_takes_three_steps_on_real_format(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config["image_height"], config["image_width"]) == (384, 128)
     shutil.rmtree(folder / "checkpoints")
-
-
-def test_every_row_of_the_study_is_parameters_of_the_notebook():
-    study = yaml.safe_load((ROOT / "study.yml").read_text())
-    declared = notebook_parameters(NOTEBOOKS / "02_train.ipynb")
-    for scale in study["scales"].values():
-        assert scale["baseline"] in {f"{row}-{seed}" for row in scale["rows"] for seed in scale["seeds"]}
-        for row in scale["rows"]:
-            resolve_parameters(declared, {**scale["data"], **scale["train"], **study["rows"][row]})
-        resolve_parameters(notebook_parameters(NOTEBOOKS / "01_data.ipynb"), scale["data"])
-
-
-def test_the_workflow_plans_one_training_and_one_evaluation_a_run(tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for name in ("Snakefile", "study.yml"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("notebooks", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    command = ["snakemake", "--dry-run", "--cores", "2", "--config", "scale=quick"]
-    plan = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert plan.returncode == 0, plan.stdout + plan.stderr
-    rows = len(yaml.safe_load((ROOT / "study.yml").read_text())["scales"]["quick"]["rows"])
-    for rule, count in (("data", 1), ("train", rows), ("evaluate", rows), ("compare", 1)):
-        assert f"rule {rule}:" in plan.stdout
-        assert plan.stdout.count(f"rule {rule}:") == count

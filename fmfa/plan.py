@@ -1,0 +1,146 @@
+"""How long the study will take: `python -m fmfa.plan scale=standard chosen="fmfa alpha"`, as `make plan` calls it.
+
+A run's time is taken from finished runs of its kind (the same losses) on the same sort of device; where there is none,
+from the measured costs in study.yml.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from fmfa.errors import ConfigError
+from fmfa.models.objectives import objectives
+from fmfa.records import read_record
+from fmfa.simpedes import SCALES
+from fmfa.study import RUNS, SIMPEDES, Run, Study, is_finished, parse_arguments, read_study
+from fmfa.training.config import TrainConfig
+
+PAIRS = 5600  # training pairs that the costs in study.yml are for
+_CAPTIONS = 8  # of a SimPEDES identity: 4 pictures, 2 captions each
+
+
+def estimate(study: Study, costs: Mapping[str, float], device: str) -> pd.DataFrame:
+    """What is left to do, one line a row of the study.
+
+    Args:
+        study: the runs; finished steps are left out.
+        costs: seconds an epoch over 5,600 pairs by part, as in study.yml.
+        device: "cpu" or "cuda"; only records of this sort of device count as measurements.
+
+    Returns:
+        Columns row, runs (all), left (to train), seconds a run (training and evaluation; NaN where nothing tells),
+        seconds (of all that is left), and from ("finished runs" or "study.yml").
+    """
+    measured = _measured(Path(RUNS), device)
+    rows: dict[str, dict[str, Any]] = {}
+    for run in study.runs:
+        row = rows.setdefault(run.row, {"row": run.row, "runs": 0, "left": 0, "seconds": 0.0})
+        config = _config(run)
+        rate, source = _rate(config, costs, measured, device)
+        training = config.epochs * _pairs(config) * rate
+        evaluation = costs["evaluate"] * _test_captions(config) / 1600
+        row |= {"runs": row["runs"] + 1, "seconds a run": training + evaluation, "from": source}
+        if not is_finished(run, "train"):
+            row["left"] += 1
+            row["seconds"] += training
+        if not is_finished(run, "evaluate"):
+            row["seconds"] += evaluation
+    table = pd.DataFrame(rows.values())
+    return table[["row", "runs", "left", "seconds a run", "seconds", "from"]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 0 printed, 2 no such study."""
+    parser = argparse.ArgumentParser(prog="python -m fmfa.plan", description="Print what the study has left to do.")
+    parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="scale=..., chosen=..., seeds=...")
+    options = parser.parse_args(arguments)
+    try:
+        config = parse_arguments(options.words)
+        study = read_study(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device, cores = _device(), psutil.cpu_count()
+    table = estimate(study, config["seconds"], device)
+    shown = table.assign(minutes=(table["seconds a run"] / 60).round(1)).drop(columns=["seconds a run", "seconds"])
+    print(shown.rename(columns={"minutes": "minutes a run"}).to_string(index=False))
+    unknown = int(table["seconds"].isna().sum())
+    jobs = max(1, min(cores, int(table["left"].sum())))
+    hours = table["seconds"].sum() / 3600
+    print(f"{len(study.runs)} runs, {table['left'].sum()} to train; {hours:.1f} hours on one core, "
+          f"about {hours / jobs:.1f} on {cores} ({device})")  # fmt: skip
+    if unknown:
+        print(f"Without {unknown} rows that nothing was measured for yet; the first finished run of each will tell.")
+    return 0
+
+
+def _config(run: Run) -> TrainConfig:
+    values = {}
+    for name, value in run.parameters.items():
+        kind = TrainConfig.__dataclass_fields__[name].type
+        values[name] = kind(value)
+    return TrainConfig(**values).resolved()
+
+
+def _kind(config: TrainConfig) -> tuple:
+    """What decides a step's cost: the backbone's data, the method and the parts that cost something."""
+    embedded = config.dataset.startswith(SIMPEDES)
+    if config.method == "ivt":
+        return embedded, "ivt", config.text_levels != "off"
+    chosen = objectives(config.method, config.preset, config.dataset, **config.objective_overrides())
+    return embedded, "two-stream", chosen.irr > 0, chosen.efa > 0
+
+
+def _measured(runs: Path, device: str) -> dict[tuple, list[float]]:
+    """Seconds a training pair of uninterrupted finished runs, by kind."""
+    found: dict[tuple, list[float]] = {}
+    for path in runs.rglob("run.json"):
+        record = read_record(path.parent)
+        if record.get("status") != "finished" or record.get("resumed") or path.parent.is_symlink():
+            continue
+        try:
+            config = TrainConfig(**record["config"])
+            seconds = (pd.Timestamp(record["finished"]) - pd.Timestamp(record["started"])).total_seconds()
+            if record["device"].startswith(device):
+                found.setdefault(_kind(config), []).append(seconds / (record["steps"] * config.batch_size))
+        except (KeyError, TypeError, ConfigError, ZeroDivisionError):
+            continue  # a record of another version of the package measures nothing here
+    return found
+
+
+def _rate(
+    config: TrainConfig, costs: Mapping[str, float], measured: Mapping[tuple, list[float]], device: str
+) -> tuple[float, str]:
+    """Seconds a training pair, and where that comes from."""
+    kind = _kind(config)
+    if kind in measured:
+        return median(measured[kind]), "finished runs"
+    if not kind[0] or device != "cpu":
+        return float("nan"), ""
+    if kind[1] == "ivt":
+        return costs["mla" if kind[2] else "ivt"] / PAIRS, "study.yml"
+    return (costs["two-stream"] + costs["irr"] * kind[2] + costs["efa"] * kind[3]) / PAIRS, "study.yml"
+
+
+def _pairs(config: TrainConfig) -> float:
+    return SCALES[config.scale][0] * _CAPTIONS if config.dataset.startswith(SIMPEDES) else float("nan")
+
+
+def _test_captions(config: TrainConfig) -> float:
+    return SCALES[config.scale][2] * _CAPTIONS if config.dataset.startswith(SIMPEDES) else float("nan")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

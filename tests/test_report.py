@@ -1,0 +1,136 @@
+"""The report: what it takes from executed notebooks, and that the page stands alone."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from fmfa.errors import ConfigError
+from fmfa.report import ANSWER, TAKEN, main, read_section, write_report
+
+ROOT = Path(__file__).parents[1]
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects links and sources, and checks that elements are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.anchors = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        self.anchors += [found["id"]] if "id" in found else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def parse(text):
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    return page
+
+
+def executed(path, title, cells=(), status="finished", error=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}\n\nWhy."), *cells]), path)
+    record = {"notebook": str(path), "given": {"results": "/a b", "seed": 3}, "status": status, "error": error}
+    path.with_suffix(".status.json").write_text(json.dumps(record))
+
+
+def figure(tags=(), text="", source="plot_it()"):
+    outputs = [new_output("display_data", {"image/png": PNG}), new_output("stream", name="stderr", text="a warning")]
+    outputs += [new_output("stream", name="stdout", text=text)] if text else []
+    return new_code_cell(source, outputs=outputs, metadata={"tags": list(tags)})
+
+
+@pytest.mark.parametrize(("name", "tag"), [("01_data", TAKEN), ("03_evaluate", TAKEN), ("03_evaluate", ANSWER),
+                                           ("04_ablation", ANSWER)])  # fmt: skip
+def test_the_notebooks_say_what_the_report_takes(name, tag):
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    assert any(tag in cell.metadata.get("tags", []) for cell in cells)
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    cells = [
+        figure(["report"]),
+        new_markdown_cell("## Left out"),
+        new_markdown_cell("## Taken <here>", metadata={"tags": ["report"]}),
+        new_code_cell("say()", outputs=[new_output("stream", name="stdout", text="42 points")],
+                      metadata={"tags": ["answer"]}),
+    ]  # fmt: skip
+    executed(folder / "comparison.ipynb", "4. Which system is better?", cells)
+    executed(folder / "irra-0" / "evaluate.ipynb", "3. How often?", [figure(text="printed")])
+    executed(folder / "on-other" / "comparison.ipynb", "4. Which system is better?", [figure()])
+    (folder / "irra-0" / "run.json").write_text('{"status": "finished", "best_epoch": 4}')
+    (folder / "irra-0" / "train.html").write_text("")
+    executed(folder / "fmfa-0" / "train.ipynb", "2. How?", [], "failed", {"type": "OSError", "message": "disk <full>"})
+    return folder
+
+
+def test_tagged_cells_are_taken_without_code_and_answers_stand_in_front(results):
+    section = read_section(results / "comparison.ipynb")
+    assert section.question == "Which system is better?"
+    assert "Taken" in section.body
+    assert "Left out" not in section.body
+    assert section.body.count("data:image/png;base64,") == 1
+    assert "plot_it" not in section.body
+    assert "a warning" not in section.body
+    assert len(section.answers) == 1
+    assert "42 points" in section.answers[0]
+    assert "42 points" not in section.body
+    assert section.command.endswith("-p results '/a b' -p seed 3")
+
+
+def test_a_notebook_without_tags_is_taken_whole(results):
+    section = read_section(results / "irra-0" / "evaluate.ipynb")
+    assert "printed" in section.body
+    assert "Why." in section.body
+
+
+def test_the_page_stands_alone_and_lists_every_run(results):
+    path = write_report(results, shown=["irra-0", "not-there-0"])
+    assert path == results / "report.html"
+    text = path.read_text()
+    page = parse(text)
+    links = {address for address in page.addresses if not address.startswith(("data:", "#"))}
+    assert links == {"irra-0/train.html"}
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.anchors)
+    assert len(page.anchors) == len(set(page.anchors))
+    assert not re.search(r"https?://|<script|@import", text)
+    assert "How often? (irra-0)" in text
+    assert "Which system is better? (on-other)" in text
+    assert text.index("Which system is better?") < text.index("42 points") < text.index("Taken")
+    assert "disk &lt;full&gt;" in text
+    assert "train failed" in text
+    assert "Figure: How often? (irra-0)" in text
+
+
+def test_a_failed_notebook_says_so(results):
+    executed(results / "comparison.ipynb", "4. Which?", [], "failed", {"type": "ConfigError", "message": "no <run>"})
+    assert "This notebook failed: ConfigError: no &lt;run&gt;" in write_report(results).read_text()
+
+
+def test_an_empty_folder_is_an_error(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="holds no executed notebook"):
+        write_report(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "holds no executed notebook" in capsys.readouterr().err
