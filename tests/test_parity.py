@@ -115,8 +115,19 @@ def test_differences_are_relative_to_the_largest_reference():
     assert compare("x", np.array([1.0, -3.0]), reference) == ("x", 0.25, 1e-6)
     assert compare("x", torch.tensor([1.0, -4.0]), reference.astype(np.float32)) == ("x", 0.0, 1e-4)
     assert compare("x", 0.5, np.array(0.0)) == ("x", 0.5, 1e-6)
-    for wrong in (None, np.ones(3), np.array([1.0, np.nan])):
+    for wrong in (None, np.ones(3), np.array([1.0, np.nan]), np.array([1.0, np.inf])):
         assert compare("x", wrong, reference)[1] == np.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_not_finite_never_passes(value, dtype, tmp_path, capsys):
+    reference = np.array([1.0, value], dtype=dtype)
+    for ours in (np.array([1.0, 2.0]), torch.tensor([1.0, value]), reference.copy()):
+        assert compare("x", ours, reference)[1] == np.inf
+    path = changed(tmp_path, **{"loss/total": np.array(value, dtype=dtype)})
+    assert parity.main([path]) == 1
+    assert "1 above the limit; closest to it: loss/total (inf" in capsys.readouterr().out
 
 
 def test_the_command_line_runs_as_a_module():

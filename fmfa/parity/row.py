@@ -17,13 +17,16 @@ def compare(name: str, ours: Tensor | np.ndarray | float | None, theirs: np.ndar
         theirs: float64 references have the limit 1e-6, others 1e-4.
 
     Returns:
-        (name, difference, limit). The difference is infinite where ours is not computed, not finite or of
-        another shape, and absolute where the reference is 0 everywhere.
+        (name, difference, limit). The difference is infinite where ours is not computed or of another shape and
+        where either holds a number that is not finite; it is absolute where the reference is 0 everywhere.
     """
     limit = LIMITS.get(theirs.dtype, 1e-4)
     if isinstance(ours, Tensor):
         ours = ours.detach().cpu().numpy()
-    if ours is None or np.shape(ours) != theirs.shape or not np.isfinite(ours).all():
+    if ours is None or np.shape(ours) != theirs.shape:
         return name, float("inf"), limit
-    gap = np.abs(np.asarray(ours, dtype=np.float64) - theirs.astype(np.float64))
+    ours, theirs = np.asarray(ours, dtype=np.float64), theirs.astype(np.float64)
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return name, float("inf"), limit
+    gap = np.abs(ours - theirs)
     return name, float(gap.max(initial=0.0) / (np.abs(theirs).max(initial=0.0) or 1.0)), limit
