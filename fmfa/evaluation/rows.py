@@ -53,9 +53,9 @@ def compare_rows(
     Two null hypotheses are tested, and they are not the same.
 
     `p_value`: *the expected difference, over trainings with other seeds and over other identities, is zero.* It comes
-    from the sampling distribution that `hierarchical_interval` draws for the differences (bootstrap over identities
-    plus Student's t over seeds): twice its smaller share beyond zero, so that, but for the draws' own error, it is
-    below 1 - `level` just where the interval leaves zero out. Where seeds differ much it is the t test of the seeds'
+    from the sampling distribution of `hierarchical_interval` for the differences (bootstrap over identities plus
+    Student's t over seeds): twice its smaller share beyond zero, so that it is below 1 - `level` just where the
+    interval leaves zero out. Where seeds differ much it is the t test of the seeds'
     mean differences; where they differ little and are few it is conservative, as tests of the Behrens-Fisher kind
     are. A pure permutation of seeds could not reach 5 % with fewer than six.
 
@@ -84,7 +84,7 @@ def compare_rows(
     seed_means, average = sums.sum(axis=1) / counts.sum(), sums.mean(axis=0)
     means = resampled_means(average, counts, generator, resamples)
     return RowComparison(
-        difference=interval_over_seeds(means, seed_means, generator, level),
+        difference=interval_over_seeds(means, seed_means, level),
         p_value=_p_over_seeds(means, seed_means),
         p_networks=sign_flip_test(average, generator, 5 * resamples),
         effect_size=paired_effect_size(average / counts),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 
 # SciPy resamples in batches of this many numbers, so that 5,000 identities do not fill the memory.
@@ -87,8 +87,8 @@ def hierarchical_interval(
 
     Identities are resampled as in `bootstrap_interval`, for the mean over seeds. Seeds are not resampled:
     with the three to five that a study can afford, their bootstrap gives intervals that are much too short.
-    The seeds' part of the error is drawn instead from Student's t with S - 1 degrees of freedom, scaled by
-    the standard error of the seeds' means, and added. With one seed the interval is that of
+    The seeds' part of the error is instead Student's t with S - 1 degrees of freedom, scaled by the standard
+    error of the seeds' means, and added. With one seed the interval is that of
     `bootstrap_interval` and says nothing about other seeds. For the difference of two systems that were
     trained with the same seeds, pass the difference of their values.
 
@@ -105,7 +105,7 @@ def hierarchical_interval(
     sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64), identity)
     seed_means = sums.sum(axis=1) / counts.sum()
     means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
-    return interval_over_seeds(means, seed_means, generator, level)
+    return interval_over_seeds(means, seed_means, level)
 
 
 def paired_comparison(
@@ -186,14 +186,25 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.G
     return result.bootstrap_distribution
 
 
-def interval_over_seeds(
-    means: np.ndarray, seed_means: np.ndarray, generator: np.random.Generator, level: float
-) -> Interval:
-    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t where there are several."""
-    seeds = len(seed_means)
-    if seeds > 1:
-        means = means + stats.sem(seed_means) * generator.standard_t(seeds - 1, size=len(means))
-    return Interval(float(seed_means.mean()), *_quantiles(means, level))
+def interval_over_seeds(means: np.ndarray, seed_means: np.ndarray, level: float) -> Interval:
+    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t where there are several.
+
+    Its ends are quantiles of the mixture of R t distributions, one around each of the means.
+    """
+    estimate, freedom = float(seed_means.mean()), len(seed_means) - 1
+    error = stats.sem(seed_means) if freedom else 0.0
+    if not error > 0 or np.isnan(means).any():
+        return Interval(estimate, *_quantiles(means, level))
+    tail = (1 - level) / 2
+    reach = error * stats.t.isf(tail, freedom)
+
+    around = means.min() - reach - error, means.max() + reach + error
+
+    def excess(end: float, share: float) -> float:
+        return stats.t.cdf((end - means) / error, freedom).mean() - share
+
+    low, high = (float(optimize.brentq(excess, *around, args=(share,))) for share in (tail, 1 - tail))
+    return Interval(estimate, low, high)
 
 
 def sign_flip_test(sums: np.ndarray, generator: np.random.Generator, resamples: int) -> float:
