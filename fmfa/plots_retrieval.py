@@ -97,6 +97,22 @@ def plot_asdm_weights(run_folder: str | Path) -> Figure | None:
     return figure
 
 
+def plot_pair_similarities(run_folder: str | Path) -> Figure | None:
+    """Show the mean cosine of matched and unmatched training pairs by epoch; None where the run did not log it."""
+    table = read_metrics(run_folder)
+    table = table[(table["split"] == "train") & table["metric"].str.startswith("cosine_")]
+    if table.empty:
+        return None
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name, colour, marker in (("matched", "C0", "o"), ("unmatched", "C1", "s")):
+        curve = table[table["metric"] == f"cosine_{name}"]
+        axis.plot(curve["epoch"], curve["value"], color=colour, label=f"{name} pairs", **_marked(len(curve), marker))
+    axis.set(title=Path(run_folder).name, xlabel="epoch", ylabel="cosine, mean over training batches")
+    axis.locator_params(axis="x", integer=True)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def plot_cmc(evaluation: Evaluation, max_rank: int = 20) -> Figure:
     """Show the share of queries hit within each rank, both directions, with 95 % intervals and chance (dashed)."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -188,3 +189,14 @@ def test_released_numbers_in_float64(case):
     }
     for name, value in ours.items():
         assert value.item() == pytest.approx(float(arrays[f"batchloss/{case}/{name}"]), rel=1e-7), name
+
+
+def test_pair_similarities_are_means_over_pairs():
+    image, text, identity = batch(seed=5)
+    kinds = {"cosine_matched": [], "cosine_unmatched": []}
+    for i, j in itertools.product(range(len(text)), repeat=2):
+        kinds["cosine_matched" if identity[i] == identity[j] else "cosine_unmatched"].append(cosine(text[i], image[j]))
+    expected = {name: sum(values) / len(values) for name, values in kinds.items()}
+    found = losses.pair_similarities(text, image, identity)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    assert losses.pair_similarities(text, image, torch.zeros(len(text)))["cosine_unmatched"] == 0

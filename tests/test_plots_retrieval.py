@@ -120,6 +120,17 @@ def test_asdm_weights(tmp_path):
     assert heights == [[1.5, 2.5], [2.5, 2.5]]  # text, image
 
 
+def test_pair_similarities_by_epoch(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert plots.plot_pair_similarities(run) is None
+    log = MetricsLog(run)
+    for epoch in (1, 2):
+        log.add("train", epoch, epoch, {"cosine_matched": 0.1 * epoch, "cosine_unmatched": 0.01})
+    matched, unmatched = drawn(plots.plot_pair_similarities(run)).axes[0].lines
+    np.testing.assert_allclose(matched.get_xydata(), [[1, 0.1], [2, 0.2]])
+    np.testing.assert_allclose(unmatched.get_ydata(), 0.01)
+
+
 def test_cmc_shows_both_directions_and_their_chance(evaluation):
     (axis,) = drawn(plots.plot_cmc(evaluation, max_rank=20)).axes
     for direction, curve, chance in zip((TEXT_TO_IMAGE, IMAGE_TO_TEXT), axis.lines[::2], axis.lines[1::2]):

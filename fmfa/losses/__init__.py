@@ -32,6 +32,14 @@ def cosine_similarity(text: Tensor, image: Tensor) -> Tensor:
         return F.normalize(_full(text), dim=1) @ F.normalize(_full(image), dim=1).T
 
 
+@torch.no_grad()
+def pair_similarities(text: Tensor, image: Tensor, identity: Tensor) -> dict[str, Tensor]:
+    """Mean cosine of the texts [B, D] with images [B, D] of their own identity ("cosine_matched") and of others."""
+    cosine, same = cosine_similarity(text, image), identity[:, None] == identity[None, :]
+    kinds = {"cosine_matched": same, "cosine_unmatched": ~same}
+    return {name: (cosine * pairs).sum() / pairs.sum().clamp(min=1) for name, pairs in kinds.items()}
+
+
 def itc(image: Tensor, text: Tensor, *, scale: float = 50.0) -> Tensor:
     """Image-text contrastive loss (InfoNCE): each row's only target is its own pair.
 

@@ -146,6 +146,7 @@ class ClipRetriever(TokenEncoder):
     def _match_embeddings(self, output: ModelOutput, image: Encoded, text: Encoded, labels: Tensor) -> None:
         wanted, scale = self.objectives, 1 / self.objectives.tau
         images, texts, labels = gather(image.embedding), gather(text.embedding), gather(labels)
+        output.stats |= losses.pair_similarities(texts, images, labels)
         if wanted.itc:
             output.losses["itc"] = wanted.itc * losses.itc(images, texts, scale=scale)
         if wanted.cmpm:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfa.errors import ConfigError
-from fmfa.losses import sdm
+from fmfa.losses import pair_similarities, sdm
 from fmfa.losses.projection import cmpm_joint
 from fmfa.models.distributed import gather, largest, world_size
 from fmfa.models.interfaces import Encoded, ModelOutput
@@ -113,7 +113,8 @@ class IvtRetriever(nn.Module):
             kept_text: positions used instead of a draw, as in `encode_text`.
 
         Returns:
-            One loss, "cmpm" or "sdm", over the rows of all processes; the stats count dropped tokens.
+            One loss, "cmpm" or "sdm", over the rows of all processes; the stats count dropped tokens and
+            hold the mean cosines of matched and unmatched pairs.
         """
         images, (ids, attention_mask) = batch["images"], self._texts(batch)
         patches = self.encoder_vl.pos_embed.shape[1] - 1
@@ -130,6 +131,7 @@ class IvtRetriever(nn.Module):
             stats={
                 "image_tokens_dropped": float(1 + patches - image.tokens.shape[1]),
                 "text_tokens_dropped": float(ids.shape[1] - text.tokens.shape[1]),
+                **pair_similarities(joint[1], joint[0], joint[2]),
             },
         )
 

@@ -10,7 +10,7 @@ from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
 from fmfa.results.power import components_table, gains_table, power_table
 from fmfa.results.selection import selection_table
-from fmfa.results.tables import published_table, result_table, run_results, seeds_table
+from fmfa.results.tables import published_table, result_table, run_results, seeds_table, tuning_table
 
 __all__ = [
     "METRICS",
@@ -42,4 +42,5 @@ __all__ = [
     "selection_table",
     "shuffled_table",
     "trained_on",
+    "tuning_table",
 ]

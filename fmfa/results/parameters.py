@@ -42,6 +42,7 @@ class CompareParameters:
 
     results: str
     baseline: str
+    tuning: str
     split: str
     seed: int
 

@@ -87,6 +87,22 @@ def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.D
     return pd.DataFrame(table, dtype=object).fillna("")
 
 
+def tuning_table(results: str | Path) -> pd.DataFrame:
+    """Return validation R@1 (percent) of the best epoch of every finished run, by learning rate and method.
+
+    Empty where the folder has no finished run, or is not there.
+    """
+    records = [read_record(folder) for folder in run_folders(results)] if Path(results).is_dir() else []
+    done = [
+        {"learning rate": r["config"]["learning_rate"], "method": r["config"]["method"], "R@1": 100 * r["best"]}
+        for r in records
+        if r.get("status") == "finished" and r.get("best") is not None
+    ]
+    if not done:
+        return pd.DataFrame()
+    return pd.DataFrame(done).pivot_table(index="learning rate", columns="method", values="R@1", aggfunc="max")
+
+
 def published_table() -> pd.DataFrame:
     """Return R@1 that papers publish on the real data sets, by method and starting weights, with its source."""
     table = pd.read_csv(PUBLISHED)
