@@ -9,7 +9,7 @@ from scipy import stats
 
 from fmfa.results.files import METRICS, find_queries, read_queries, row_and_seed, run_folders
 
-FEWEST_ROWS = 4
+FEWEST_ROWS = 5
 
 
 def grounding_table(results: str | Path, split: str = "test") -> pd.DataFrame:
@@ -57,7 +57,7 @@ def correlation_table(table: pd.DataFrame, group: str, measure: str, seed: int =
     """Spearman's correlation of a measure with R@1 over runs, for each value of a column, with a 95 % interval.
 
     The interval is a percentile bootstrap over rows, each with all of its seeds, because runs of one row are alike. It
-    is empty with fewer than four rows.
+    is empty with fewer than five rows.
 
     Args:
         table: of `grounding_table` or `counterfactual_table`.
