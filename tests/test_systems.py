@@ -93,7 +93,7 @@ def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path,
 
 def test_levels_reach_the_batches(root, backbone):
     def batch(**changes):
-        config = ivt(root, backbone, augmentation="none", **changes).resolved()
+        config = ivt(root, backbone, recipe="ivt", augmentation="none", **changes).resolved()
         data = open_training_data(config)
         tokenizer = build_system(config, data).tokenizer
         found = next(iter(TableBatches(config, data, tokenizer, masked=False).read(0, 0)))
