@@ -13,8 +13,8 @@ from fmfa.evaluation.rows import compare_rows
 from fmfa.evaluation.statistics import hierarchical_interval
 from fmfa.results.files import METRICS, find_queries, read_queries, row_and_seed, run_folders
 from fmfa.results.names import trained_on
+from fmfa.results.rows import SAME
 
-SAME = ["identity", "image"]
 _Runs = dict[int, pd.DataFrame]  # queries by training seed
 
 
@@ -58,9 +58,8 @@ def _evaluations(
             name = path.stem.removeprefix("evaluation-")
             if find_queries(folder, name):
                 away = json.loads(path.read_text(encoding="utf-8"))["dataset"]
-                away = (
-                    home if away == SIMPEDES else away
-                )  # earlier evaluations do not name the domain, always their own
+                # evaluations that do not name the domain are from before there were others than the run's own
+                away = home if away == SIMPEDES else away
                 yield *row_and_seed(folder.name), home, away, read_queries(folder, name)
 
 

@@ -30,8 +30,7 @@ class EvaluateParameters:
             raise ConfigError(f"phrases is {self.phrases}; expected 0 (none) or more")
         if self.counterfactuals < 0:
             raise ConfigError(f"counterfactuals is {self.counterfactuals}; expected 0 (none) or more")
-        if self.split not in ("train", "val", "test"):
-            raise ConfigError(f"split is {self.split!r}; expected train, val or test")
+        _require_split(self.split)
         if not 1 <= self.queries <= 20:
             raise ConfigError(f"queries is {self.queries}; expected 1 to 20 pictures a grid")
 
@@ -48,8 +47,7 @@ class CompareParameters:
 
     def __post_init__(self) -> None:
         """Check that there is a results folder with runs of the baseline row; raises ConfigError."""
-        if not Path(self.results).is_dir():
-            raise ConfigError(f"{self.results} is no folder; expected one with a folder a run, as `make study` writes")
+        _require_results(self.results)
         rows = sorted({row_and_seed(path.parent.name)[0] for path in Path(self.results).glob("*/run.json")})
         if self.baseline not in rows:
             raise ConfigError(f"baseline is {self.baseline!r}; {self.results} has runs of the rows {', '.join(rows)}")
@@ -73,11 +71,20 @@ class VisualiseParameters:
 
     def __post_init__(self) -> None:
         """Check the ranges; raises ConfigError."""
-        if self.split not in ("train", "val", "test"):
-            raise ConfigError(f"split is {self.split!r}; expected train, val or test")
+        _require_split(self.split)
         if not 1 <= self.phrases <= 12:
             raise ConfigError(f"phrases is {self.phrases}; expected 1 to 12, a column of pictures each")
         if not 1 <= self.queries <= 20:
             raise ConfigError(f"queries is {self.queries}; expected 1 to 20, a figure each")
-        if self.results and not Path(self.results).is_dir():
-            raise ConfigError(f"{self.results} is no folder; expected one with a folder a run, as `make study` writes")
+        if self.results:
+            _require_results(self.results)
+
+
+def _require_split(split: str) -> None:
+    if split not in ("train", "val", "test"):
+        raise ConfigError(f"split is {split!r}; expected train, val or test")
+
+
+def _require_results(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is no folder; expected one with a folder a run, as `make study` writes")
