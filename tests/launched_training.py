@@ -11,6 +11,7 @@ from fmfa.systems.ivt import TINY_BACKBONE, TINY_WEIGHTS
 from fmfa.training.config import METHODS, TrainConfig
 
 STEPS = 2
+BACKBONE = "ivt.json"
 
 
 def parameters(method, data):
@@ -18,12 +19,15 @@ def parameters(method, data):
     values = {"method": method, "root": str(data), "epochs": 1, "batch_size": 16, "device": "cpu"}
     values |= {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "log_gradients_every": 1}
     values |= {"tensorboard": False, "learning_rate": 1e-5 if method == "fmfa" else 1e-3}
-    if method == "ivt":  # dropout and drop path are drawn by each process for its own rows
-        sizes = json.loads(TINY_BACKBONE.read_text()) | {"drop_path": 0.0, "text_dropout": 0.0}
-        backbone = Path(data).parent / "ivt.json"
-        backbone.write_text(json.dumps(sizes))
-        values |= {"backbone": str(backbone), "weights": str(TINY_WEIGHTS)}
+    if method == "ivt":
+        values |= {"backbone": str(Path(data).parent / BACKBONE), "weights": str(TINY_WEIGHTS)}
     return values
+
+
+def write_backbone(folder):
+    """The tiny IVT without dropout and drop path, which each process draws for its own rows."""
+    sizes = json.loads(TINY_BACKBONE.read_text()) | {"drop_path": 0.0, "text_dropout": 0.0}
+    (folder / BACKBONE).write_text(json.dumps(sizes))
 
 
 def train_each(folder, data):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from launched_training import STEPS, parameters, train_each
+from launched_training import STEPS, parameters, train_each, write_backbone
 from safetensors.torch import load_file
 from toy_training import toy_config
 
@@ -29,6 +29,11 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 ACCELERATE += ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 TIME = 300  # seconds; a launcher that hangs fails the test
+
+
+def told(errors):
+    """What the processes said last, without the launcher's own summary of it."""
+    return errors.split("failed (exitcode")[0][-3000:]
 
 
 def launch(*command, **environment):
@@ -50,10 +55,11 @@ def runs(tmp_path_factory):
     assert killed.returncode != 0
     assert "SIGKILL" in errors
     assert find_checkpoint(folder / "cut", "last").name == "last-00000008"
+    write_backbone(folder)  # before any of the three processes may read it
     process = launch(*TORCHRUN, str(HERE / "launched_training.py"), str(folder), str(data))
     train_each(folder / "one", data)
     _, errors = process.communicate(timeout=TIME)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0, told(errors)
     return folder
 
 
@@ -93,7 +99,7 @@ def test_accelerate_launch_trains_as_one_process_and_prints_once(runs):
     given = [text for name, value in parameters("clip", runs / "data").items() for text in ("-p", name, str(value))]
     process = launch(*ACCELERATE, "-m", "fmfa.train", str(runs / "accelerate"), *given)
     lines, errors = process.communicate(timeout=TIME)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0, told(errors)
     config = TrainConfig(**parameters("clip", runs / "data")).resolved()
     start = build_system(config, open_training_data(config)).model.state_dict()
     assert_equal_training(runs / "accelerate", runs / "one" / "clip", start)

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
 
-from fmfa.evaluation.statistics import (
-    bootstrap_interval,
-    hierarchical_interval,
-    holm,
-    paired_comparison,
-)
+from fmfa.evaluation.rows import compare_rows
+from fmfa.evaluation.statistics import bootstrap_interval, hierarchical_interval, holm
 
 # Limits are 4 standard errors of the simulated rate around what theory allows, so a right
 # implementation practically never fails, and one that takes queries for independent does.
+
+
+def compared(first, second, identity, rng, **options):
+    """Two systems, float [Q] or [S, Q], compared as rows."""
+    return compare_rows(np.atleast_2d(first), np.atleast_2d(second), identity, rng, **options)
 
 
 def people(rng, identities, queries=8, spread=0.25):
@@ -82,9 +83,9 @@ def test_permutation_test_keeps_its_level_and_query_permutation_would_not():
         first, identity = people(rng, 40)
         _, position = np.unique(identity, return_inverse=True)
         second = first + rng.normal(0, 0.2, position.max() + 1)[position]  # differ by person, not on average
-        rejected += paired_comparison(first, second, identity, rng, resamples=399).p_value <= 0.05
-        naive = paired_comparison(first, second, np.arange(len(first)), rng, resamples=399)
-        independent += naive.p_value <= 0.05
+        rejected += compared(first, second, identity, rng, resamples=80).p_networks <= 0.05
+        naive = compared(first, second, np.arange(len(first)), rng, resamples=80)
+        independent += naive.p_networks <= 0.05
     assert 0.005 < rejected / runs < 0.11
     assert independent / runs > 0.25
 
@@ -92,8 +93,8 @@ def test_permutation_test_keeps_its_level_and_query_permutation_would_not():
 def test_permutation_test_is_exact_for_few_identities():
     # Four identities that all favour the first system: 2 of the 2^4 sign patterns are as extreme.
     first, identity = np.array([1.0, 1, 2, 1, 1]), np.array([1, 1, 2, 3, 4])
-    found = paired_comparison(first, np.zeros(5), identity, np.random.default_rng(0))
-    assert found.p_value == pytest.approx(2 / 16)
+    found = compared(first, np.zeros(5), identity, np.random.default_rng(0))
+    assert found.p_networks == pytest.approx(2 / 16)
     assert (found.identities, found.queries) == (4, 5)
     assert found.difference.estimate == pytest.approx(1.2)
     assert found.effect_size == pytest.approx(1.25 / 0.5)
@@ -103,21 +104,21 @@ def test_permutation_test_finds_a_difference_and_its_sign():
     rng = np.random.default_rng(9)
     values, identity = people(rng, 100)
     worse = values - 0.05 + rng.normal(0, 0.1, len(values))
-    found = paired_comparison(worse, values, identity, rng)
-    assert found.p_value < 0.001
+    found = compared(worse, values, identity, rng)
+    assert found.p_networks < 0.001
     assert found.difference.low < -0.05 < found.difference.high < 0
     assert found.effect_size < -0.5
-    same = paired_comparison(values, values, identity, rng)
-    assert (same.p_value, same.effect_size, same.difference.estimate) == (1, 0, 0)
-    seeds = paired_comparison(np.stack([worse, values]), values[None], identity, rng)
+    same = compared(values, values, identity, rng)
+    assert (same.p_networks, same.effect_size, same.difference.estimate) == (1, 0, 0)
+    seeds = compared(np.stack([worse, values]), values, identity, rng)
     assert seeds.difference.estimate == pytest.approx(found.difference.estimate / 2)
 
 
 def test_unanswered_queries_are_left_out():
     values, identity = np.array([1.0, np.nan, 0.0, 1.0]), np.array([1, 1, 2, 3])
     assert bootstrap_interval(values, identity, np.random.default_rng(0)).estimate == pytest.approx(2 / 3)
-    compared = paired_comparison(values, np.array([0, 0, np.nan, 0.0]), identity, np.random.default_rng(0))
-    assert compared.queries == 2
+    both = compared(values, np.array([0, 0, np.nan, 0.0]), identity, np.random.default_rng(0))
+    assert both.queries == 2
     single = bootstrap_interval(np.array([1.0, 0.0]), np.array([4, 4]), np.random.default_rng(0))
     assert single.estimate == 0.5
     assert np.isnan([single.low, single.high]).all()
@@ -135,4 +136,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="nothing to average"):
         bootstrap_interval(np.full(3, np.nan), np.ones(3), rng)
     with pytest.raises(ValueError, match="answered 3 and 4 queries"):
-        paired_comparison(np.ones(3), np.ones(4), np.ones(3), rng)
+        compared(np.ones(3), np.ones(4), np.ones(3), rng)

@@ -11,7 +11,7 @@ import torch
 from formats import write_cuhk
 
 from fmfa.models.clip import ClipRetriever
-from fmfa.results import METRICS, paired_table, run_results
+from fmfa.results import METRICS, rows_paired_table, run_results
 from fmfa.runner import run_notebook
 from fmfa.simpedes import generate, recipe
 
@@ -72,7 +72,7 @@ def test_train_evaluate_compare(tiny, tmp_path):
     queries = pd.read_csv(results / "fmfa-0" / "queries-test.csv")
     assert table.loc["fmfa-0", "R@1"] == pytest.approx(100 * (queries["first_rank"] == 1).mean())
     assert table.loc["fmfa-0", list(METRICS)].between(0, 100).all()
-    difference = paired_table(results, "clip-0").set_index("run").loc["fmfa-0", "R@1 difference"]
+    difference = rows_paired_table(results, "clip").set_index("row").loc["fmfa", "R@1 difference"]
     assert difference == pytest.approx(table.loc["fmfa-0", "R@1"] - table.loc["clip-0", "R@1"])
 
 

@@ -24,7 +24,8 @@ class RowComparison:
         p_value: two-sided, of the hypothesis that further seeds and identities do not differ on average; NaN with one
             seed, which says nothing about others.
         p_networks: two-sided, of the permutation test over identities for the networks that were trained.
-        effect_size: Cohen's d of paired data over identities, see `Comparison`, for the mean over seeds.
+        effect_size: Cohen's d of paired data over identities: mean of the identities' mean differences, averaged over
+            seeds, in units of their standard deviation; 0 if all are 0, infinite if all are equal and not 0.
         seeds: number of seeds that were compared.
         identities: number of identities that were compared.
         queries: number of queries that were compared.

@@ -27,26 +27,6 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Paired comparison of two systems on the same queries, `first` minus `second`.
-
-    Attributes:
-        difference: mean over queries, with its interval.
-        p_value: two-sided, of the permutation test over identities.
-        effect_size: Cohen's d of paired data over identities: mean of the identities' mean differences in
-            units of their standard deviation; 0 if all are 0, infinite if all are equal and not 0.
-        identities: number of identities that were compared.
-        queries: number of queries that were compared.
-    """
-
-    difference: Interval
-    p_value: float
-    effect_size: float
-    identities: int
-    queries: int
-
-
 def bootstrap_interval(
     values: np.ndarray,
     identity: np.ndarray,
@@ -106,48 +86,6 @@ def hierarchical_interval(
     seed_means = sums.sum(axis=1) / counts.sum()
     means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
     return interval_over_seeds(means, seed_means, level)
-
-
-def paired_comparison(
-    first: np.ndarray,
-    second: np.ndarray,
-    identity: np.ndarray,
-    generator: np.random.Generator,
-    *,
-    resamples: int = 9999,
-    level: float = 0.95,
-) -> Comparison:
-    """Compare two systems on the same queries by a permutation test over identities.
-
-    Under the null hypothesis it does not matter which system gave which result of an identity: the sign of
-    each identity's summed difference is flipped at random (SciPy's `permutation_test`, exact for few
-    identities). With values of several seeds, [S, Q], each system is averaged over its seeds first: then
-    the test speaks of these trained networks, `hierarchical_interval` of further seeds.
-
-    Args:
-        first: float [Q] or [S, Q], one system's values; a query with NaN on either side is left out.
-        second: float [Q] or [S', Q], the other's, in the same order of queries.
-        identity: integers [Q].
-        generator: source of permutations and of the bootstrap of the difference.
-        resamples: permutations, and bootstrap samples.
-        level: confidence level of the difference's interval.
-
-    Raises:
-        ValueError: shapes do not fit, or no value is left.
-    """
-    first, second = (np.atleast_2d(np.asarray(side, dtype=np.float64)).mean(axis=0) for side in (first, second))
-    if first.shape != second.shape:
-        raise ValueError(f"The systems answered {len(first)} and {len(second)} queries, not the same ones.")
-    sums, counts = sums_by_identity((first - second)[None], identity)
-    p_value = sign_flip_test(sums[0], generator, resamples)
-    means = resampled_means(sums[0], counts, generator, resamples)
-    return Comparison(
-        difference=Interval(float(sums.sum() / counts.sum()), *_quantiles(means, level)),
-        p_value=p_value,
-        effect_size=paired_effect_size(sums[0] / counts),
-        identities=len(counts),
-        queries=int(counts.sum()),
-    )
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -231,7 +169,8 @@ def _quantiles(means: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def paired_effect_size(differences: np.ndarray) -> float:
-    """Cohen's d of paired data: mean of differences [K] in units of their standard deviation; see `Comparison`."""
+    """Cohen's d of paired data: mean of differences [K] in units of their standard deviation; infinite if all
+    are equal and not 0, 0 if all are 0."""
     mean = differences.mean()
     spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
     if spread > 0:

@@ -2,7 +2,7 @@
 
 from fmfa.results.alignment import correlation_table, counterfactual_table, grounding_table
 from fmfa.results.claims import claims_table
-from fmfa.results.comparisons import paired_table, rows_paired_table, shuffled_table
+from fmfa.results.comparisons import rows_paired_table, shuffled_table
 from fmfa.results.domains import cross_domain_table
 from fmfa.results.figures import plot_against_retrieval, plot_claims, plot_comparison, plot_power
 from fmfa.results.files import METRICS, export_results, read_queries, save_evaluation
@@ -25,7 +25,6 @@ __all__ = [
     "export_results",
     "gains_table",
     "grounding_table",
-    "paired_table",
     "plot_against_retrieval",
     "plot_claims",
     "plot_comparison",

@@ -1,43 +1,14 @@
-"""Tables of paired comparisons: runs with a run, rows with a row, and the controls without which no row counts."""
+"""Tables of paired comparisons: rows with a row, and the controls without which no row counts."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from fmfa.errors import ConfigError
 from fmfa.evaluation.rows import RowComparison
-from fmfa.evaluation.statistics import holm, paired_comparison
-from fmfa.results.files import CHANCE, find_queries, read_queries, references, run_folders
-from fmfa.results.rows import SAME, Rows, read_rows
-
-
-def paired_table(results: str | Path, baseline: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
-    """Compare every evaluated run with a baseline run on the same queries.
-
-    Differences in R@1 (points) with 95 % intervals from a bootstrap over identities, and p values of a permutation
-    test over identities, Holm-corrected over the table. They speak of these trained networks, not of other seeds.
-
-    Raises:
-        ConfigError: the baseline was not evaluated, or a run has other queries.
-    """
-    base, rows = read_queries(Path(results) / baseline, split), []
-    for folder in run_folders(results):
-        if folder.name == baseline or not find_queries(folder, split):
-            continue
-        run = read_queries(folder, split)
-        if not run[SAME].equals(base[SAME]):
-            raise ConfigError(f"{folder} was evaluated on other queries than {baseline}")
-        values = (q["R@1"].to_numpy() for q in (run, base))
-        found = paired_comparison(*values, base["identity"].to_numpy(), np.random.default_rng(seed))
-        difference = found.difference
-        rows.append(
-            {"run": folder.name, "minus": baseline, "R@1 difference": 100 * difference.estimate,
-             "low": 100 * difference.low, "high": 100 * difference.high, "effect size": found.effect_size,
-             "p": found.p_value}
-        )  # fmt: skip
-    table = pd.DataFrame(rows)
-    return table.assign(**{"p (Holm)": holm(table["p"].tolist())}) if len(table) else table
+from fmfa.evaluation.statistics import holm
+from fmfa.results.files import CHANCE, references
+from fmfa.results.rows import Rows, read_rows
 
 
 def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
