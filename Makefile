@@ -61,6 +61,7 @@ check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
 weights: $(READY)  ## make the shipped weights anew (about an hour on two cores)
 	@$(BIN)/python -m fmfa.pretrain data/tiny_clip.safetensors
 	@$(BIN)/python -m fmfa.pretrain data/tiny_ivt.safetensors --method ivt
+	@$(BIN)/python -m fmfa.pretrain data/tiny_ivt_equal.safetensors --method ivt --pairs 96548
 
 clean:  ## remove the environment and what was made; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

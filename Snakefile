@@ -18,7 +18,6 @@ try:
     STUDY = read_study(config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
-DATA = {f"{STUDY.folder}/data-{run.data['dataset']}.done": run.data for run in (*STUDY.runs, *STUDY.cross)}
 WEIGHTS = {"clip": "data/tiny_clip.safetensors", "irra": "data/tiny_clip.safetensors",
            "fmfa": "data/tiny_clip.safetensors", "ivt": "data/tiny_ivt.safetensors"}
 RUN = "OMP_NUM_THREADS={threads} python -m fmfa.runner"
@@ -28,8 +27,12 @@ def given(values):
     return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items())
 
 
-def data_notebook(wildcards):
-    return ancient(f"{STUDY.folder}/data-{STUDY.find(wildcards.run).data['dataset']}.done")
+def training_data(wildcards):
+    return ancient(f"{STUDY.data_step(STUDY.find(wildcards.run).data)}.done")
+
+
+def test_data(wildcards):
+    return ancient(f"{STUDY.data_step(STUDY.find(wildcards.run).tested)}.done")
 
 
 def starting_weights(wildcards):
@@ -71,6 +74,7 @@ def linked(wildcards):
 
 
 wildcard_constraints:
+    data="|".join(map(re.escape, STUDY.data)),
     run="|".join(map(re.escape, [run.folder for run in (*STUDY.runs, *STUDY.cross)])),
     results="|".join(map(re.escape, STUDY.results)),
 
@@ -94,12 +98,12 @@ rule data:
     input:
         ancient("notebooks/01_data.ipynb"),
     output:
-        touch(f"{STUDY.folder}/data-{{dataset}}.done"),
+        touch("{data}.done"),
     params:
-        values=lambda wildcards, output: given(DATA[str(output)]),
+        values=lambda wildcards: given(STUDY.data[wildcards.data]),
     threads: 2
     shell:
-        f"{RUN} {{input}} {STUDY.folder}/data-{{wildcards.dataset}}.ipynb {{params.values}}"
+        f"{RUN} {{input}} {{wildcards.data}}.ipynb {{params.values}}"
 
 
 rule clip_weights:
@@ -120,7 +124,7 @@ rule ivt_weights:
 
 rule train:
     input:
-        data_notebook,
+        training_data,
         starting_weights,
         notebook=ancient("notebooks/02_train.ipynb"),
     output:
@@ -137,13 +141,13 @@ rule train:
 rule evaluate:
     input:
         trained,
-        data_notebook,
+        test_data,
         notebook=ancient("notebooks/03_evaluate.ipynb"),
     output:
         touch("{run}/evaluate.done"),
     params:
         links=linked,
-        values=lambda wildcards: given(STUDY.find(wildcards.run).data),
+        values=lambda wildcards: given(STUDY.find(wildcards.run).tested),
         folder=lambda wildcards: os.path.abspath(wildcards.run),
     resources:
         gpu=STUDY.settings.get("gpu", 0),
@@ -175,7 +179,7 @@ rule pictures:
     params:
         folder=lambda wildcards: os.path.abspath(wildcards.results),
         runs=lambda wildcards: shlex.quote(json.dumps([os.path.abspath(run.folder) for run in shown(wildcards)])),
-        values=lambda wildcards: given(STUDY.results[wildcards.results][0].data),
+        values=lambda wildcards: given(STUDY.results[wildcards.results][0].tested),
     resources:
         gpu=STUDY.settings.get("gpu", 0),
     shell:
@@ -185,7 +189,7 @@ rule pictures:
 
 rule report:
     input:
-        sorted(DATA),
+        [f"{name}.done" for name in STUDY.data],
         expand("{results}/comparison.done", results=STUDY.results),
         expand("{results}/pictures.done", results=STUDY.results),
     output:

@@ -44,7 +44,7 @@ def estimate(study: Study, costs: Mapping[str, float], device: str) -> pd.DataFr
         config = _config(run)
         rate, source = _rate(config, costs, measured, device)
         training = config.epochs * _pairs(config) * rate
-        evaluation = costs["evaluate"] * _test_captions(config) / 1600
+        evaluation = costs["evaluate"] * _test_captions(run) / 1600
         row |= {"runs": row["runs"] + 1, "seconds a run": training + evaluation, "from": source}
         if not is_finished(run, "train"):
             row["left"] += 1
@@ -132,8 +132,10 @@ def _pairs(config: TrainConfig) -> float:
     return SCALES[config.scale][0] * _CAPTIONS if config.dataset.startswith(SIMPEDES) else float("nan")
 
 
-def _test_captions(config: TrainConfig) -> float:
-    return SCALES[config.scale][2] * _CAPTIONS if config.dataset.startswith(SIMPEDES) else float("nan")
+def _test_captions(run: Run) -> float:
+    tested = run.tested
+    known = tested["dataset"].startswith(SIMPEDES)
+    return SCALES[tested.get("scale", TrainConfig.scale)][2] * _CAPTIONS if known else float("nan")
 
 
 def _device() -> str:

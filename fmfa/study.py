@@ -6,7 +6,7 @@ The workflow (`Snakefile`), the estimate (`fmfa.plan`) and the tests read the de
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,17 @@ class Run:
     seed: int
     parameters: dict[str, Any]  # of 02_train, complete but for defaults
     source: str = ""  # of a cross-domain evaluation: the folder of the run that is evaluated
+    test: dict[str, Any] = field(default_factory=dict)  # of 03_evaluate, where it differs from 02_train
 
     @property
     def data(self) -> dict[str, Any]:
-        """The parameters that name the data set, shared by notebooks 01, 02 and 03."""
+        """The parameters that name the data set that is trained on, shared by notebooks 01, 02 and 03."""
         return {name: self.parameters[name] for name in ("dataset", "root", "scale") if name in self.parameters}
+
+    @property
+    def tested(self) -> dict[str, Any]:
+        """The same of the data set that is tested on."""
+        return self.data | self.test
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Study:
         for run in self.runs:
             groups.setdefault(run.results, []).append(run)
         return groups
+
+    @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Parameters of 01_data by the notebook's path without ending, for every data set trained or tested on."""
+        used = [*(run.data for run in self.runs), *(run.tested for run in (*self.runs, *self.cross))]
+        return {self.data_step(data): data for data in used}
+
+    def data_step(self, data: Mapping[str, Any]) -> str:
+        """Where a data set's notebook lies, without ending: `runs/SCALE/data-SimPEDES-street-small`."""
+        return "-".join([f"{self.folder}/data", data["dataset"], *filter(None, [data.get("scale")])])
 
     def find(self, folder: str) -> Run:
         """The run or cross-domain evaluation of a folder; KeyError where the study has none."""
@@ -113,7 +129,8 @@ def read_study(config: Mapping[str, Any]) -> Study:
             for seed in range(_seeds(row, settings, config.get("seeds"))):
                 weights = _weights(config, row.parameters["method"])
                 parameters = {"dataset": dataset, **roots[dataset], **shared, **weights, **row.parameters, "seed": seed}
-                run = Run(f"{results}/{row.name}-{seed}", results, row.name, seed, parameters)
+                folder = f"{results}/{row.name}-{seed}"
+                run = Run(folder, results, row.name, seed, parameters, test=settings.get("test", {}))
                 runs.append(run)
                 if row.name in crossed["rows"]:
                     cross += [_crossed(run, other, roots[other]) for other in others if other != dataset]
@@ -190,7 +207,7 @@ def _weights(config: Mapping[str, Any], method: str) -> dict[str, str]:
 def _crossed(run: Run, dataset: str, root: dict[str, str]) -> Run:
     results = f"{run.results}/on-{dataset}"
     parameters = {key: value for key, value in run.parameters.items() if key != "root"} | {"dataset": dataset} | root
-    return Run(f"{results}/{run.row}-{run.seed}", results, run.row, run.seed, parameters, run.folder)
+    return Run(f"{results}/{run.row}-{run.seed}", results, run.row, run.seed, parameters, run.folder, run.test)
 
 
 def _roots(config: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, str]]:

@@ -15,6 +15,17 @@ WORDS = (
     ("backpack", "handbag", "umbrella", "phone", "suitcase", "bottle", "newspaper", "cap"),
 )
 
+CAPTIONS = ("A red coat.", "blue-jeans, new!", "a man with a bag", "...", "white shoes", "a hat", "striped top")
+
+
+def write_pair_list(folder: Path) -> None:
+    """`pairs.json` with a noise picture for each of CAPTIONS, of which one has no word."""
+    rng = np.random.default_rng(0)
+    for number in range(len(CAPTIONS)):
+        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    (folder / "pairs.json").write_text(json.dumps(records))
+
 
 def write_cuhk(
     folder: Path,

@@ -21,25 +21,14 @@ from fmfa.alignment.scores import (
     phrase_scores,
     pointing_game,
 )
-from fmfa.data.annotations import Dataset, read_dataset
+from fmfa.data.annotations import Dataset
 from fmfa.errors import AnnotationError, ConfigError
 from fmfa.losses.efa import sparsify
 from fmfa.models.clip import ClipRetriever, Objectives
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
-from fmfa.simpedes import PARTS, generate, read_parts, read_truth, recipe
-from fmfa.systems import System, load_system
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = generate(tmp_path_factory.mktemp("simpedes"), recipe("tiny"), workers=1, progress=False)
-    return read_dataset(root, "SimPEDES")
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_system()
+from fmfa.simpedes import PARTS, read_parts, read_truth
+from fmfa.systems import System
 
 
 def small_clip(**objectives):

@@ -2,10 +2,9 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from formats import CAPTIONS, write_pair_list
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertLMPredictionHead
 
@@ -309,16 +308,9 @@ def test_bfloat16_agrees_with_float32():
     sum(half.values()).backward()
 
 
-CAPTIONS = ["A red coat.", "blue-jeans, new!", "a man with a bag", "...", "white shoes", "a hat", "striped top"]
-
-
 @pytest.fixture
 def pair_list(tmp_path):
-    rng = np.random.default_rng(0)
-    for number in range(len(CAPTIONS)):
-        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-    records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
-    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    write_pair_list(tmp_path)
     train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "vocab.txt")
     return tmp_path
 

@@ -10,30 +10,17 @@ from fmfa import plots_alignment, plots_systems
 from fmfa.alignment import measure_grounding
 from fmfa.alignment.patches import PatchGrid
 from fmfa.alignment.phrases import draw_phrases, pick_phrases
-from fmfa.data.annotations import read_dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation import Evaluation, gallery_of
 from fmfa.results.parameters import VisualiseParameters
-from fmfa.simpedes import generate, read_truth, recipe
+from fmfa.simpedes import read_truth
 from fmfa.simpedes.ceiling import told_truly
-from fmfa.systems import load_system
 
 
 @pytest.fixture(autouse=True)
 def closed():
     yield
     plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = generate(tmp_path_factory.mktemp("simpedes"), recipe("tiny"), workers=1, progress=False)
-    return read_dataset(root, "SimPEDES")
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_system()
 
 
 @pytest.fixture(scope="module")

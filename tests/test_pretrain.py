@@ -3,10 +3,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from formats import CAPTIONS, write_pair_list
 
 from fmfa import pretrain as command
 from fmfa.errors import ConfigError
@@ -23,7 +22,6 @@ from fmfa.text.wordpiece import train_wordpiece_vocabulary, wordpiece_tokenizer
 from fmfa.training.budget import training_budget, training_flops
 from fmfa.weights.own import read_checkpoint
 
-CAPTIONS = ["A red coat.", "blue-jeans, new!", "a man with a bag", "...", "white shoes", "a hat", "striped top"]
 MODELS = {"clip": ClipRetriever, "ivt": IvtRetriever}
 SOURCES = [(method, source) for method in METHODS for source in ("stream", "list")]
 
@@ -32,11 +30,7 @@ SOURCES = [(method, source) for method in METHODS for source in ("stream", "list
 def folder(tmp_path, monkeypatch):
     """A list of pairs, and a model of each method small enough for a few steps."""
     monkeypatch.setattr(pairs, "HELD_OUT", 6)
-    rng = np.random.default_rng(0)
-    for number in range(len(CAPTIONS)):
-        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-    records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
-    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    write_pair_list(tmp_path)
     train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "ivt.txt")
     train_small_vocabulary(CAPTIONS, 280, tmp_path / "clip.txt")
     sizes = {"width": 16, "depth": 1, "heads": 2, "image_size": [32, 16], "patch": 8, "stride": 8, "positions": 24}

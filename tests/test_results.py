@@ -38,11 +38,12 @@ def draw(share, seed):
     return (np.random.default_rng([seed, int(1000 * share)]).random(len(IDENTITY)) < share * (0.7 + 0.6 * ease)) * 1
 
 
-def write_run(results, run, hits=None, method="clip", start=None, **record):
+def write_run(results, run, hits=None, method="clip", start=None, weights="", **record):
     folder = results / run
     folder.mkdir(parents=True)
     seed = row_and_seed(run)[1]
     config = {"method": method, "preset": "paper", "objectives": "", "dataset": "SimPEDES-street"}
+    config |= {"weights": weights}
     known = {"config": config, "seed": seed, "status": "finished"}
     (folder / "run.json").write_text(json.dumps(known | record))
     if hits is None:
@@ -135,16 +136,17 @@ def test_rows_without_a_shared_seed_and_other_queries(results):
         study.rows_paired_table(results, "irra")
 
 
-def test_starting_weights_have_the_name_of_their_network(tmp_path):
+def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
     write_run(tmp_path, "clip-0", draw(0.5, 0), start=draw(0.3, 1))
     write_run(tmp_path, "ivt-0", draw(0.5, 1), method="ivt", start=draw(0.1, 1))
-    folder = write_run(tmp_path, "random-0", draw(0.5, 2), start=draw(0.02, 1))
-    record = json.loads((folder / "run.json").read_text())
-    record["config"]["weights"] = "none"
-    (folder / "run.json").write_text(json.dumps(record))
+    write_run(tmp_path, "ivt-less-0", draw(0.5, 3), method="ivt", start=draw(0.2, 1), weights="data/less.safetensors")
+    write_run(tmp_path, "random-0", draw(0.5, 2), start=draw(0.02, 1), weights="none")
     rows = read_rows(tmp_path, "test")
-    assert rows.names == ["clip", "ivt", "random", "zero-shot", "zero-shot IVT"]
-    assert rows.values("zero-shot IVT").mean() == draw(0.1, 1).mean()
+    starts = {"zero-shot": 0.3, "zero-shot IVT": 0.1, "zero-shot IVT (less)": 0.2}
+    assert rows.names == ["clip", "ivt", "ivt-less", "random", *starts]
+    for name, share in starts.items():
+        assert rows.values(name).mean() == draw(share, 1).mean()
+    assert set(starts) < set(study.seeds_table(tmp_path)["row"])
 
 
 def test_a_run_without_zero_shot_queries_still_shows_the_level(results):

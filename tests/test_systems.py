@@ -46,6 +46,18 @@ def ivt(root, backbone, /, **changes):
     return TrainConfig(**(values | changes))
 
 
+@pytest.mark.parametrize("method", ["clip", "ivt"])
+def test_shipped_weights_are_found_by_their_path_from_any_folder(root, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    shipped = {"clip": "data/tiny_clip.safetensors", "ivt": "data/tiny_ivt_equal.safetensors"}[method]
+    config = TrainConfig(method=method, root=str(root), weights=shipped, device="cpu")
+    assert build_system(config, open_training_data(config.resolved())).report.loaded
+    (tmp_path / "data").mkdir()
+    (tmp_path / shipped).write_bytes(b"another file of that name")  # the user's own, nearer
+    with pytest.raises(CheckpointError):
+        build_system(config, open_training_data(config.resolved()))
+
+
 @pytest.mark.parametrize(
     ("objectives", "text_levels", "mask"),
     list(product(["", "loss=sdm tau=0.05"], ["off", "released", "spans"], [0.0, 0.2])),

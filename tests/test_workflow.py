@@ -47,7 +47,7 @@ def test_every_row_at_every_scale_is_a_training_configuration(tmp_path):
             config = TrainConfig(**{name: value for name, value in values.items() if name in names}).resolved()
             if config.method != "ivt":
                 objectives(config.method, config.preset, config.dataset, **config.objective_overrides())
-            for notebook, given in (("01_data", run.data), ("03_evaluate", run.data)):
+            for notebook, given in (("01_data", run.data), ("01_data", run.tested), ("03_evaluate", run.tested)):
                 resolve_parameters(notebook_parameters(NOTEBOOKS / f"{notebook}.ipynb"), given)
             seen.add(run.row)
     assert seen == set(expand_rows(DEFINITION["rows"]))
@@ -65,6 +65,8 @@ def test_the_standard_scale_is_its_core_times_five_seeds():
     assert len({run.row for run in standard.runs}) == CORE
     assert len(standard.runs) == CORE * 5
     assert len({run.folder for run in standard.runs}) == CORE * 5
+    assert {run.parameters["scale"] for run in standard.runs} == {"small"}
+    assert {run.tested["scale"] for run in (*standard.runs, *standard.cross)} == {"standard"}
     assert len(study(scale="standard", chosen="fmfa").runs) == 5
     assert len(study(scale="standard", chosen="fmfa-released").runs) == 2
     points = len(DEFINITION["rows"]["alpha"]["over"]["alpha"])
@@ -214,7 +216,7 @@ def test_the_workflow_plans_one_training_and_one_evaluation_a_run(project, scale
     assert plan.returncode == 0, plan.stdout + plan.stderr
     expected = study(scale=scale)
     counts = {
-        "data": 1 + bool(expected.cross),
+        "data": {"quick": 1, "standard": 3}[scale],
         "train": len(expected.runs),
         "evaluate": len(expected.runs) + len(expected.cross),
         "compare": 1,

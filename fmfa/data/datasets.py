@@ -15,6 +15,12 @@ REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 SIMPEDES = "SimPEDES"
 
 
+def project_path(name: str) -> str:
+    """`name`, or the file of that name below the project where it lies only there: notebooks start in other folders."""
+    there = PROJECT / name
+    return str(there) if name and not Path(name).exists() and there.is_file() else name
+
+
 def open_dataset(
     name: str, root: str | Path = "", *, scale: str = "small", seed: int = 0, spans: bool = False
 ) -> Dataset:

@@ -88,18 +88,29 @@ def row_and_seed(run: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else (run, 0)
 
 
-def zero_shot_name(folder: str | Path) -> str | None:
-    """Name the starting weights of a run, of which the two networks have different ones; None for random weights."""
-    config = read_record(folder).get("config", {})
-    if config.get("weights") == "none":
-        return None
-    return f"{ZERO_SHOT} IVT" if config.get("method") == "ivt" else ZERO_SHOT
+def start_names(results: str | Path) -> dict[Path, str]:
+    """Name the starting weights of every run folder but those of runs from random weights.
+
+    They are "zero-shot" for the two-stream systems and "zero-shot IVT" for IVT; weights other than the first ones
+    found of either have their file's name behind: "zero-shot IVT (tiny_ivt_equal)".
+    """
+    names: dict[Path, str] = {}
+    first: dict[str, str] = {}
+    for folder in run_folders(results):
+        config = read_record(folder).get("config", {})
+        weights = config.get("weights", "")
+        if weights != "none":
+            name = f"{ZERO_SHOT} IVT" if config.get("method") == "ivt" else ZERO_SHOT
+            same = first.setdefault(name, weights) == weights
+            names[folder] = name if same else f"{name} ({Path(weights).stem or 'shipped'})"
+    return names
 
 
 def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
     """Levels to hold rows against, by name and metric: chance, zero-shot and the ceiling, as far as they are known."""
     known: dict[str, dict[str, Level]] = {}
     ceiling: dict[str, Level] = {}
+    names = start_names(results)
     for folder in run_folders(results):
         path = folder / f"evaluation-{split}.json"
         if not path.is_file():
@@ -108,8 +119,8 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
         forward = [m for m in record["metrics"] if m["direction"] == TEXT_TO_IMAGE]
         known.setdefault(CHANCE, {m["metric"]: (m["chance"], None, None) for m in forward})
         start = [m for m in record.get("zero_shot", ()) if m["direction"] == TEXT_TO_IMAGE]
-        if start and (name := zero_shot_name(folder)):
-            known.setdefault(name, {m["metric"]: (m["value"], m["low"], m["high"]) for m in start})
+        if start and folder in names:
+            known.setdefault(names[folder], {m["metric"]: (m["value"], m["low"], m["high"]) for m in start})
         ceiling = {m: (100 * record["ceiling"][m], None, None) for m in METRICS} if record.get("ceiling") else ceiling
     return known | ({CEILING: ceiling} if ceiling else {})
 

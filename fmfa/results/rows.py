@@ -9,7 +9,7 @@ import pandas as pd
 from fmfa.errors import ConfigError
 from fmfa.evaluation.rows import RowComparison, compare_rows
 from fmfa.evaluation.statistics import Interval, hierarchical_interval
-from fmfa.results.files import find_queries, read_queries, row_and_seed, run_folders, zero_shot_name
+from fmfa.results.files import find_queries, read_queries, row_and_seed, run_folders, start_names
 
 SAME = ["identity", "image"]
 
@@ -20,7 +20,7 @@ class Rows:
 
     Attributes:
         runs: by row and training seed.
-        starts: of the starting weights, which have no seed, by name ("zero-shot", "zero-shot IVT").
+        starts: of the starting weights, which have no seed, by name (see `files.start_names`).
         folders: of the runs, by row and seed.
     """
 
@@ -76,6 +76,7 @@ def read_rows(results: str | Path, split: str, kind: str = "") -> Rows:
     starts: dict[str, pd.DataFrame] = {}
     folders: dict[tuple[str, int], Path] = {}
     first: tuple[Path, pd.DataFrame] | None = None
+    names = start_names(results)
     for folder in run_folders(results):
         if find_queries(folder, split, kind) is None:
             continue
@@ -85,7 +86,7 @@ def read_rows(results: str | Path, split: str, kind: str = "") -> Rows:
             raise ConfigError(f"{folder} was evaluated on other queries than {first[0].name}: keep them apart")
         row, seed = row_and_seed(folder.name)
         runs.setdefault(row, {})[seed], folders[row, seed] = table, folder
-        name = zero_shot_name(folder)
+        name = names.get(folder)
         if name and name not in starts and find_queries(folder, split, "zero-shot"):
             start = read_queries(folder, split, "zero-shot")
             starts |= {name: start} if start[SAME].equals(table[SAME]) else {}

@@ -1,7 +1,7 @@
 """CLIP, IRRA and FMFA as systems: the two-stream model of a configuration, its tokenizer and its weights."""
 
 from fmfa.data.annotations import Dataset
-from fmfa.data.datasets import DATA, SIMPEDES
+from fmfa.data.datasets import DATA, SIMPEDES, project_path
 from fmfa.errors import ConfigError
 from fmfa.models.clip import ClipRetriever, objectives
 from fmfa.text.tokens import CLIP_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
@@ -36,7 +36,7 @@ def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
 def load_clip_start(config: TrainConfig, model: ClipRetriever) -> LoadReport:
     """Load the weights that training starts from; raises CheckpointError as `load_weights`."""
     shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
-    return load_weights(model, config.weights or (TINY_WEIGHTS if shipped else FULL_WEIGHTS))
+    return load_weights(model, project_path(config.weights) or (TINY_WEIGHTS if shipped else FULL_WEIGHTS))
 
 
 def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:

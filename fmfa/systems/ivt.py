@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from fmfa.data.datasets import DATA, SIMPEDES
+from fmfa.data.datasets import DATA, SIMPEDES, project_path
 from fmfa.errors import CheckpointError, ConfigError
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
@@ -45,7 +45,7 @@ def load_ivt_start(config: TrainConfig, model: IvtRetriever) -> LoadReport:
         CheckpointError: they cannot be found, fetched or read, or are of another shape.
     """
     shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
-    weights = config.weights or (str(TINY_WEIGHTS) if shipped and not config.text_weights else "")
+    weights = project_path(config.weights) or (str(TINY_WEIGHTS) if shipped and not config.text_weights else "")
     if config.text_weights or not weights:
         return start_from_vit_and_bert(model, weights or VIT, config.text_weights or BERT)
     if not Path(weights).is_file():
