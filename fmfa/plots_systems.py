@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
 from fmfa.data.images import load_image, resolve_image
@@ -20,6 +21,7 @@ from fmfa.plots_retrieval import HIT, MISS
 from fmfa.simpedes import is_simpedes, read_truth
 from fmfa.simpedes.ceiling import told_truly
 
+PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
 _POINT = re.compile(r"(?P<curve>[^=_]+)=(?P<value>[-+.\de]+)-(?P<seed>\d+)")  # RESULTS/CURVE=VALUE-SEED, as study.yml
 
 
@@ -130,10 +132,10 @@ def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0, most
 def plot_joint_space(
     evaluation: Evaluation, images: str | Path, split: str, families: int = 6, seed: int = 0
 ) -> Figure:
-    """Show captions and pictures of some families of look-alikes in the two main directions of the shared space.
+    """Show captions and pictures of some families of look-alikes, laid out in a plane by t-SNE (scikit-learn).
 
-    Principal components of the unit vectors of these people. Each modality's mean is taken away first, since the gap
-    between pictures and captions would be the first component; its size is in the axis label.
+    Each modality's mean is taken away from the unit vectors first, since the gap between pictures and captions would
+    set the two apart; its size is in the title. t-SNE keeps neighbours together; its distances and axes mean nothing.
 
     Args:
         evaluation: of a SimPEDES split.
@@ -159,9 +161,8 @@ def plot_joint_space(
             (unit - means[-1], pd.DataFrame({"kind": kind, "family": of.to_numpy()[kept], "identity": people}))
         )
     vectors, table = torch.cat([unit for unit, _ in sides]), pd.concat([t for _, t in sides], ignore_index=True)
-    _, strength, axes = torch.linalg.svd(vectors, full_matrices=False)
-    table[["x", "y"]] = (vectors @ axes[:2].T).numpy()
-    share = (strength**2 / (strength**2).sum())[:2].tolist()
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    table[["x", "y"]] = TSNE(perplexity=perplexity, metric="cosine", random_state=seed).fit_transform(vectors.numpy())
     gap = float((means[0] - means[1]).norm())
     figure, axis = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
     for place, name in enumerate(chosen):
@@ -173,9 +174,13 @@ def plot_joint_space(
         box = {"boxstyle": "circle", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
         axis.annotate(str(place + 1), centre, fontsize=12, weight="bold", ha="center", va="center", bbox=box)
     counts = table["kind"].value_counts()
-    axis.set(xlabel=f"first component, {share[0]:.0%} of the variance", ylabel=f"second component, {share[1]:.0%}",
-             title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "
-             f"gap between the modalities' means {gap:.2f}")  # fmt: skip
+    axis.set(
+        xlabel=f"t-SNE (cosine, perplexity {perplexity:.0f}): neighbours stand together, distances have no unit",
+        xticks=[],
+        yticks=[],
+        title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "
+        f"gap between the modalities' means {gap:.2f}",
+    )
     axis.title.set_size(9)
     return figure
 

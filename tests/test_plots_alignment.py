@@ -156,6 +156,13 @@ def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
     axis = plots_systems.plot_joint_space(evaluation, tiny.images, "test", families=3).axes[0]
     assert sum(len(points.get_offsets()) for points in axis.collections) == 3 * 2 * (4 + 8)  # identities x items
     assert axis.get_title().startswith("24 pictures (●) and 48 captions (△) of 3 families")
+    again = plots_systems.plot_joint_space(evaluation, tiny.images, "test", families=3).axes[0]
+    shown, same = (np.concatenate([points.get_offsets() for points in plane.collections]) for plane in (axis, again))
+    assert np.array_equal(shown, same)
+    # people of equal features up to noise: a neighbour is of the same family far more often than one of three times
+    family = np.repeat([0, 1, 2], 24)
+    distance = np.linalg.norm(shown[:, None] - shown[None], axis=-1) + 1e9 * np.eye(72)
+    assert (family[distance.argmin(axis=1)] == family).mean() > 0.6
 
 
 def test_curves_are_read_by_the_names_of_the_runs(tmp_path):
