@@ -18,6 +18,7 @@ from fmfa.data.images import load_image, resolve_image
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.statistics import hierarchical_interval
 from fmfa.plots_retrieval import HIT, MISS
+from fmfa.results.files import find_queries, read_queries
 from fmfa.simpedes import is_simpedes, read_truth
 from fmfa.simpedes.ceiling import told_truly
 
@@ -194,9 +195,9 @@ def sensitivity(results: str | Path, split: str = "test", seed: int = 0) -> pd.D
         Columns curve, value, seeds, queries, estimate, low, high; empty where there is no curve.
     """
     points: dict[tuple[str, float], list[pd.DataFrame]] = {}
-    for path in sorted(Path(results).glob(f"*/queries-{split}.csv")):
-        if match := _POINT.fullmatch(path.parent.name):
-            points.setdefault((match["curve"], float(match["value"])), []).append(pd.read_csv(path))
+    for folder in sorted(Path(results).glob("*=*")):
+        if (match := _POINT.fullmatch(folder.name)) and find_queries(folder, split):
+            points.setdefault((match["curve"], float(match["value"])), []).append(read_queries(folder, split))
     rows = []
     for (curve, value), runs in sorted(points.items()):
         hits = np.stack([run["R@1"].to_numpy() for run in runs])

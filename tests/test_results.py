@@ -1,6 +1,5 @@
 """The comparison's tables and figures on small made-up results, and on the committed ones."""
 
-import gzip
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from scipy import stats
 from fmfa import results as study
 from fmfa.errors import ConfigError
 from fmfa.results.claims import read_claims
-from fmfa.results.files import row_and_seed
+from fmfa.results.files import read_queries, row_and_seed
 from fmfa.results.power import COMPONENTS
 from fmfa.results.rows import read_rows
 from fmfa.results.tables import published_gains
@@ -318,18 +317,21 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
     target = tmp_path / "exported"
     for _ in range(2):  # a second export replaces the first
         study.export_results(results, target)
-    names = {path.name for path in (target / "irra-0").iterdir()}
-    assert names == {"run.json", "metrics.csv", "evaluation-test.json", "grounding-test.csv", "queries-test.csv.gz"}
-    assert len(list(target.glob("*/queries-test-zero-shot.csv.gz"))) == 1
-    content = gzip.decompress((target / "irra-0" / "queries-test.csv.gz").read_bytes())
-    assert content == (results / "irra-0" / "queries-test.csv").read_bytes()
-    for make in (study.run_results, study.seeds_table, study.claims_table, study.grounding_table):
+    kept = {"run.json", "metrics.csv", "evaluation-test.json", "grounding-test.csv", "identities-test.csv"}
+    assert {path.name for path in (target / "irra-0").iterdir()} == kept
+    assert len(list(target.glob("*/identities-test-zero-shot.csv"))) == 1
+    written, read = pd.read_csv(results / "irra-0/queries-test.csv"), read_queries(target / "irra-0", "test")
+    assert (read["identity"] == written["identity"]).all()
+    for metric in study.METRICS:
+        means = [table.groupby("identity")[metric].mean() for table in (written, read)]
+        assert np.allclose(*means, atol=1e-4)
+    tables = (study.run_results, study.seeds_table, study.claims_table, study.grounding_table)
+    for make in (*tables, lambda folder: study.rows_paired_table(folder, "irra")):
         pd.testing.assert_frame_equal(make(results), make(target))
     again = tmp_path / "again"
     study.export_results(target, again)
-    assert (again / "irra-0" / "queries-test.csv.gz").read_bytes() == (
-        target / "irra-0" / "queries-test.csv.gz"
-    ).read_bytes()
+    for path in target.rglob("*.*"):
+        assert (again / path.relative_to(target)).read_bytes() == path.read_bytes()
 
 
 def test_parameters_name_what_is_there(results):

@@ -1,6 +1,5 @@
 """What an evaluated run leaves behind, and what the comparison reads of it."""
 
-import gzip
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from fmfa.data.annotations import Dataset
+from fmfa.data.datasets import PROJECT
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.controls import shuffle_captions
@@ -19,7 +19,8 @@ from fmfa.simpedes import is_simpedes, read_dataset_record
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
-EXPORTED = (RECORD, METRICS_FILE, "evaluation-*.json", "grounding-*.csv", "counterfactual-*.csv")
+EXPORTED = (RECORD, METRICS_FILE, "evaluation-*.json", "grounding-*.csv", "counterfactual-*.csv", "identities-*.csv")
+_QUERIES, _IDENTITIES = "queries-", "identities-"
 Level = tuple[float, float | None, float | None]  # value and interval in percent
 
 
@@ -53,28 +54,35 @@ def write_queries(evaluation: Evaluation, path: str | Path) -> None:
 
 
 def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame:
-    """Read what was written for each query of a run, compressed or not.
+    """Read what was written for each query of a run.
 
-    `kind` is "" for the run itself, "zero-shot" for the weights it started from, "shuffled" for shuffled captions.
+    Of an exported run only the sums over each identity's queries are kept: each query then has its identity's mean, and
+    no image. Every mean, interval and test of this package is over identities, so they are the same. `kind` is "" for
+    the run itself, "zero-shot" for the weights it started from, "shuffled" for shuffled captions.
 
     Raises:
         ConfigError: the run was not evaluated.
     """
     path = find_queries(folder, split, kind)
     if path is None:
-        missing = Path(folder) / _queries_name(split, kind)
+        missing = _paths(folder, split, kind)[0]
         raise ConfigError(f"{missing} is missing: run notebooks/03_evaluate.ipynb on this run first")
-    return pd.read_csv(path)
+    table = pd.read_csv(path)
+    if path.name.startswith(_QUERIES):
+        return table
+    means = table[list(METRICS)].div(table["queries"], axis=0)
+    table = pd.concat([table["identity"], means], axis=1).loc[table.index.repeat(table["queries"])]
+    return table.assign(image="").reset_index(drop=True)
 
 
 def find_queries(folder: str | Path, split: str, kind: str = "") -> Path | None:
-    """Path of a run's queries, `.csv` or `.csv.gz`; None where there are none."""
-    name = _queries_name(split, kind)
-    return next((path for path in (Path(folder) / name, Path(folder) / f"{name}.gz") if path.is_file()), None)
+    """Path of a run's queries, or of their sums by identity in an exported run; None where there are neither."""
+    return next(filter(Path.is_file, _paths(folder, split, kind)), None)
 
 
-def _queries_name(split: str, kind: str) -> str:
-    return f"queries-{split}{'-' * bool(kind)}{kind}.csv"
+def _paths(folder: str | Path, split: str, kind: str) -> list[Path]:
+    name = f"{split}{'-' * bool(kind)}{kind}.csv"
+    return [Path(folder) / f"{_QUERIES}{name}", Path(folder) / f"{_IDENTITIES}{name}"]
 
 
 def run_folders(results: str | Path) -> list[Path]:
@@ -128,8 +136,9 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
 def export_results(results: str | Path, target: str | Path) -> None:
     """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
 
-    Queries are compressed, and of equal zero-shot queries only the first are kept.
-    `python -m fmfa.results runs/seeds data/results/seeds` makes the committed tables.
+    Queries become sums by identity (see `read_queries`), of equal zero-shot queries only the first are kept, and a data
+    folder in the project loses the path of the project.
+    `python -m fmfa.results runs/standard data/results/standard` makes the committed tables.
     """
     starts: set[bytes] = set()
     for run in run_folders(results):
@@ -137,11 +146,18 @@ def export_results(results: str | Path, target: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (path for pattern in EXPORTED for path in run.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-        for path in sorted([*run.glob("queries-*.csv"), *run.glob("queries-*.csv.gz")]):
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        record = read_record(run)
+        root = Path(record.get("config", {}).get("root", ""))
+        if root.is_relative_to(PROJECT):
+            record["config"]["root"] = str(root.relative_to(PROJECT))
+            write_json(folder / RECORD, record)
+        for path in sorted(run.glob(f"{_QUERIES}*.csv")):
+            queries = pd.read_csv(path).dropna(subset=["R@1"]).groupby("identity", sort=False)
+            sums = queries[list(METRICS)].sum()
+            sums.insert(0, "queries", queries.size())
+            content = sums.to_csv(float_format="%.5g").encode()
             if ZERO_SHOT in path.name:
                 if content in starts:
                     continue
                 starts.add(content)
-            (folder / path.name.removesuffix(".gz")).unlink(missing_ok=True)
-            (folder / f"{path.name.removesuffix('.gz')}.gz").write_bytes(gzip.compress(content, mtime=0))
+            (folder / path.name.replace(_QUERIES, _IDENTITIES, 1)).write_bytes(content)
