@@ -50,7 +50,7 @@ plan: $(READY)  ## what make study would run, and for how long
 test: $(READY)  ## every test, the linter and the notebooks
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 lab: $(READY)  ## JupyterLab in the same environment
 	@$(BIN)/jupyter lab --notebook-dir notebooks
