@@ -19,7 +19,7 @@ from fmfa.results.rows import read_rows
 from fmfa.results.tables import published_gains
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "data" / "results" / "seeds"
+COMMITTED = ROOT / "data" / "results" / "standard"
 PEOPLE, QUERIES = 40, 4
 IDENTITY = np.repeat(np.arange(PEOPLE), QUERIES)
 

@@ -302,5 +302,5 @@ def test_a_killed_study_keeps_what_is_finished_and_a_failed_run_stays_visible(pr
 
 
 def test_command_line_words_override_the_definition():
-    config = parse_arguments(["scale=seeds", "root_X=/a=b"], ROOT / "study.yml")
-    assert (config["scale"], config["root_X"]) == ("seeds", "/a=b")
+    config = parse_arguments(["scale=tiny", "root_X=/a=b"], ROOT / "study.yml")
+    assert (config["scale"], config["root_X"]) == ("tiny", "/a=b")
