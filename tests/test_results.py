@@ -146,6 +146,10 @@ def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
     for name, share in starts.items():
         assert rows.values(name).mean() == draw(share, 1).mean()
     assert set(starts) < set(study.seeds_table(tmp_path)["row"])
+    levels = [line.get_label() for line in study.plot_comparison(tmp_path).axes[0].lines]
+    for name in (*starts, "chance", "ceiling of the captions"):
+        assert any(label.startswith(f"{name}, ") for label in levels), name
+    plt.close("all")
 
 
 def test_a_run_without_zero_shot_queries_still_shows_the_level(results):

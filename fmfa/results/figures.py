@@ -1,5 +1,6 @@
 """Figures of the comparison: levels of the rows, claims, what can be seen, and grounding against retrieval."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from fmfa.results.files import references
 from fmfa.results.power import gains_of_fmfa, power_table
 from fmfa.results.rows import read_rows
 
-STYLES = (":", "-.", "--", (0, (1, 3)))
+STYLES = (":", "-.", "--", (0, (1, 3)), (0, (8, 2)))
 MARKERS = ("o", "s", "D", "^")
 
 
@@ -34,7 +35,7 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
         axis.errorbar(100 * mean.estimate, place, xerr=np.nan_to_num(span), fmt="o", capsize=4, color="C0")
         single = 100 * np.nanmean(rows.values(name), axis=1)
         axis.plot(single, np.full(len(single), place + 0.2), "|", color="C1", markersize=8)
-    for (name, level), style in zip(references(results, split).items(), STYLES, strict=False):
+    for (name, level), style in zip(references(results, split).items(), cycle(STYLES), strict=False):
         value = level["R@1"][0]
         axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name}, {value:.1f} %")
     labels = [f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in rows.runs.items()]
@@ -42,7 +43,7 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
     people = len(np.unique(rows.identity))
     axis.set(xlabel=f"R@1 on {split} (%), n = {len(rows.identity):,} queries of {people:,} identities", xlim=(0, 100))
     axis.invert_yaxis()
-    axis.margins(y=0.2)
+    axis.margins(y=0.05)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
