@@ -12,6 +12,7 @@ from scipy import stats
 
 from fmfa import results as study
 from fmfa.errors import ConfigError
+from fmfa.plots_systems import sensitivity
 from fmfa.results.claims import read_claims
 from fmfa.results.files import read_queries, row_and_seed
 from fmfa.results.power import COMPONENTS
@@ -324,6 +325,7 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
     grounding(results / "irra-0", {"gradient": 0.4})
     (results / "irra-0" / "metrics.csv").write_text("run,split,epoch,step,metric,value\n")
     (results / "irra-0" / "train.html").write_text("large")
+    write_run(results, "alpha=0.3-0", draw(0.5, 8))  # a point of a curve
     target = tmp_path / "exported"
     for _ in range(2):  # a second export replaces the first
         study.export_results(results, target)
@@ -336,11 +338,12 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
         means = [table.groupby("identity")[metric].mean() for table in (written, read)]
         assert np.allclose(*means, atol=1e-4)
     tables = (study.run_results, study.seeds_table, study.claims_table, study.grounding_table)
-    for make in (*tables, lambda folder: study.rows_paired_table(folder, "irra")):
+    assert len(sensitivity(results)) == 1
+    for make in (*tables, sensitivity, lambda folder: study.rows_paired_table(folder, "irra")):
         pd.testing.assert_frame_equal(make(results), make(target))
     again = tmp_path / "again"
     study.export_results(target, again)
-    for path in target.rglob("*.*"):
+    for path in filter(Path.is_file, target.rglob("*")):
         assert (again / path.relative_to(target)).read_bytes() == path.read_bytes()
 
 
