@@ -128,7 +128,9 @@ def read_study(config: Mapping[str, Any]) -> Study:
         for row in chosen:
             for seed in range(_seeds(row, settings, config.get("seeds"))):
                 weights = _weights(config, row.parameters["method"])
-                parameters = {"dataset": dataset, **roots[dataset], **shared, **weights, **row.parameters, "seed": seed}
+                kept = {"keep_epochs": True} if row.name in settings.get("keep_epochs", ()) else {}
+                data = {"dataset": dataset, **roots[dataset]}
+                parameters = {**data, **shared, **kept, **weights, **row.parameters, "seed": seed}
                 folder = f"{results}/{row.name}-{seed}"
                 run = Run(folder, results, row.name, seed, parameters, test=settings.get("test", {}))
                 runs.append(run)

@@ -258,6 +258,26 @@ def test_selecting_on_test_by_hand(tmp_path):
     assert (line["mean of the runs"], line["lucky run"], line["chosen on validation"]) == (50, -50, 50)
 
 
+def test_the_best_epoch_on_test_by_hand(tmp_path):
+    # Person 0 has three queries, person 1 one. Epoch 1 knows person 0 alone, epoch 2 person 1, epoch 3 a query of each.
+    assert study.epochs_table(write_run(tmp_path, "irra-0", best_epoch=3).parent).empty
+    write_run(tmp_path, "irra-1", best_epoch=1)
+    write_run(tmp_path, "clip-0", best_epoch=1)
+    (tmp_path / "irra-0" / "epochs-test.csv").write_text("identity,queries,1,2,3\n0,3,3,0,1\n1,1,0,1,1\n")
+    (tmp_path / "irra-1" / "epochs-test.csv").write_text("identity,queries,1,2,3\n0,3,1,3,0\n1,1,0,1,0\n")
+    table = study.epochs_table(tmp_path, halves=40)
+    assert table["row"].tolist() == ["irra"]
+    line = table.iloc[0]
+    assert (line["runs"], line["epochs"]) == (2, 3)
+    assert line["chosen on validation"] == (50 + 25) / 2
+    assert line["best on test"] == (75 + 100) / 2
+    assert line["added"] == (25 + 75) / 2
+    assert line["best epoch of the best run"] == 100
+    # Run 0: whoever is shown, an epoch with 100 % there is picked, the first of equals, and has 0 on the other person.
+    # Run 1: epoch 2 knows both, so nothing is lost.
+    assert line["optimism"] == pytest.approx(100 / 2)
+
+
 def test_selecting_on_test_among_equal_and_unequal_runs(results):
     table = study.selection_table(results).set_index("row")
     assert set(table.index) == {"clip", "irra", "fmfa", "asdm", "all rows"}

@@ -1,26 +1,30 @@
 """Systems by parameters only: what is built, trained, resumed, reopened and evaluated for every method."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_ivt_weights import NARROW, UNUSED, released_state
 
+from fmfa import results as study
 from fmfa.data.datasets import open_dataset, with_phrase_spans
 from fmfa.data.transforms import CLIP_MEAN
 from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
-from fmfa.records import read_metrics
+from fmfa.records import read_metrics, read_record
 from fmfa.simpedes import generate, read_truth, recipe
 from fmfa.systems import build_system, load_start, load_system, open_training_data, run_training
 from fmfa.systems.budgets import pretraining_table
 from fmfa.systems.ivt import TINY_VOCABULARY
 from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.batches import TableBatches, describe_levels
+from fmfa.training.checkpoints import epoch_checkpoints
 from fmfa.training.config import TrainConfig
 from fmfa.weights.own import load_retriever, save_checkpoint
 
@@ -101,6 +105,23 @@ def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path,
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     before = load_start(tmp_path / "parts", open_dataset("SimPEDES-street", root)).model.state_dict()
     assert any(not torch.equal(value, states[1][name]) for name, value in before.items())
+
+
+def test_epochs_kept_are_scored_on_the_split_that_is_asked_for(root, backbone, tmp_path):
+    data = open_dataset("SimPEDES-street", root)
+    run = run_training(ivt(root, backbone, epochs=3, learning_rate=0.05, keep_epochs=True), tmp_path / "kept")
+    study.save_epochs(run, data, "test")
+    table = pd.read_csv(run / "epochs-test.csv")
+    assert list(table) == ["identity", "queries", "1", "2", "3"]
+    assert table["queries"].sum() == len(data.split("test"))
+    best = read_record(run)["best_epoch"]
+    hits = load_system(run).evaluate(data, "test", progress=False).per_query().groupby("identity")["first_rank"]
+    assert table.set_index("identity")[str(best)].to_dict() == hits.apply(lambda ranks: (ranks == 1).sum()).to_dict()
+    assert study.epochs_table(tmp_path)["row"].tolist() == ["kept"]
+    shutil.rmtree(epoch_checkpoints(run)[2])
+    (run / "epochs-test.csv").unlink()
+    study.save_epochs(run, data, "test")
+    assert not (run / "epochs-test.csv").exists()  # the best of the epochs that are left is not the best of all
 
 
 def test_levels_reach_the_batches(root, backbone):

@@ -27,7 +27,7 @@ from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
 from fmfa.records import read_metrics, read_record
 from fmfa.training import train
-from fmfa.training.checkpoints import find_checkpoint, read_state, selected_checkpoint
+from fmfa.training.checkpoints import epoch_checkpoints, find_checkpoint, read_state, selected_checkpoint
 from fmfa.training.gradients import gradient_norms
 from fmfa.training.optimizer import build_optimizer, learning_rate, parameter_groups, rate_factor
 from fmfa.weights.own import read_checkpoint
@@ -134,6 +134,23 @@ def test_resuming_after_a_crash_ends_with_the_same_bytes(calls, whole, tmp_path)
     best, expected = selected_checkpoint(folder), selected_checkpoint(whole)
     assert best.name == expected.name
     assert (best / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("calls", [6, 9, 17])
+def test_every_epoch_is_kept_on_request_through_a_crash(calls, whole, tmp_path):
+    folder = tmp_path / "toy"
+    with pytest.raises(Crash):
+        toy_fit(folder, CrashingModel(calls), log_gradients_every=4, keep_epochs=True)
+    toy_fit(folder, log_gradients_every=4, keep_epochs=True)
+    kept = epoch_checkpoints(folder)
+    assert list(kept) == [1, 2, 3]
+    weights = {epoch: (path / "model.safetensors").read_bytes() for epoch, path in kept.items()}
+    assert len(set(weights.values())) == 3
+    assert weights[3] == last_weights(folder) == last_weights(whole)
+    assert (
+        weights[read_record(folder)["best_epoch"]] == (selected_checkpoint(folder) / "model.safetensors").read_bytes()
+    )
+    assert epoch_checkpoints(whole) == {}
 
 
 @pytest.mark.parametrize("write", [1, 2, 4, 5, 8, 11])

@@ -53,6 +53,11 @@ def test_every_row_at_every_scale_is_a_training_configuration(tmp_path):
     assert seen == set(expand_rows(DEFINITION["rows"]))
 
 
+def test_the_rows_that_a_scale_names_keep_their_epochs():
+    for scale, names in (("quick", {"clip", "irra", "fmfa", "ivt"}), ("tiny", set())):
+        assert {run.row for run in study(scale=scale).runs if run.parameters.get("keep_epochs")} == names
+
+
 def test_rows_that_differ_in_name_differ_in_parameters():
     found = {}
     for row in expand_rows(DEFINITION["rows"]).values():

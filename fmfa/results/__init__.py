@@ -9,7 +9,7 @@ from fmfa.results.files import METRICS, export_results, read_queries, save_evalu
 from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
 from fmfa.results.power import components_table, gains_table, power_table
-from fmfa.results.selection import selection_table
+from fmfa.results.selection import epochs_table, save_epochs, selection_table
 from fmfa.results.tables import published_table, result_table, run_results, seeds_table, tuning_table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "counterfactual_table",
     "cross_domain_table",
     "dataset_label",
+    "epochs_table",
     "export_results",
     "gains_table",
     "grounding_table",
@@ -36,6 +37,7 @@ __all__ = [
     "results_split",
     "rows_paired_table",
     "run_results",
+    "save_epochs",
     "save_evaluation",
     "seeds_table",
     "selection_table",

@@ -19,8 +19,16 @@ from fmfa.simpedes import is_simpedes, read_dataset_record
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
-EXPORTED = (RECORD, METRICS_FILE, "evaluation-*.json", "grounding-*.csv", "counterfactual-*.csv", "identities-*.csv")
-_QUERIES, _IDENTITIES = "queries-", "identities-"
+EXPORTED = (
+    RECORD,
+    METRICS_FILE,
+    "evaluation-*.json",
+    "grounding-*.csv",
+    "counterfactual-*.csv",
+    "identities-*.csv",
+    "epochs-*.csv",
+)
+_QUERIES, _IDENTITIES, EPOCHS = "queries-", "identities-", "epochs-"
 Level = tuple[float, float | None, float | None]  # value and interval in percent
 
 

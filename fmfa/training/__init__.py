@@ -21,7 +21,7 @@ from fmfa.training.loop import Batches, TrainingLoop
 from fmfa.training.processes import build_accelerator
 
 CONFIG = "config.json"
-FREE = ("root", "device", "workers", "checkpoint_every", "log_gradients_every", "tensorboard")
+FREE = ("root", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
 """Settings that may change when a run is resumed: they do not touch the weights it ends with."""
 
 
@@ -37,7 +37,8 @@ def fit(
     """Train a model, or go on with the run that `folder` holds.
 
     Weights, metrics and records go to `folder`: `config.json`, `run.json`, `metrics.csv`, `logs/` and
-    `checkpoints/` (the last, and the best by validation R@1; the earlier epoch stands at a tie). A run
+    `checkpoints/` (the last, and the best by validation R@1; the earlier epoch stands at a tie; with
+    `keep_epochs` the weights after every epoch as well). A run
     that was interrupted anywhere continues from its last complete checkpoint and ends, on the same
     machine with the same number of processes, with the same weights bit by bit. A finished run is left
     alone. All randomness inside the model is restarted every step from (seed, step, rank); a model with a

@@ -1,4 +1,4 @@
-"""A run's checkpoints: folders that are either complete or not there, the last one and the best one."""
+"""A run's checkpoints: folders that are either complete or not there, the last, the best, on request every epoch's."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from fmfa.records import write_json
 from fmfa.weights.own import read_checkpoint, save_checkpoint
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+EPOCH = "epoch"  # kind of the checkpoints that stay
 
 
 def write_checkpoint(
@@ -29,7 +30,7 @@ def write_checkpoint(
 
     Args:
         folder: the run folder.
-        kind: "last" or "best".
+        kind: "last", "best" or "epoch".
         model: its state dict goes to `model.safetensors`, its attribute `config` (if any) to the record.
         state: plain values with at least `step`, for `state.json`.
         optimizer: state dicts for `optimizer.pt`, tensors and plain values only.
@@ -90,11 +91,16 @@ def selected_checkpoint(folder: str | Path) -> Path:
     return path
 
 
+def epoch_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """The checkpoints of a run's epochs, numbered from 1, in their order; empty unless it kept them (`keep_epochs`)."""
+    return {read_state(path)["epoch"]: path for path in _complete(folder) if path.name.startswith(f"{EPOCH}-")}
+
+
 def prune_checkpoints(folder: str | Path, keep: tuple[Path | None, ...]) -> None:
-    """Delete every checkpoint of a run but those in `keep`, and what interrupted writes left."""
+    """Delete every checkpoint of a run but those in `keep` and of whole epochs, and what interrupted writes left."""
     home = Path(folder) / "checkpoints"
     for path in home.iterdir() if home.is_dir() else ():
-        if path.is_dir() and path not in keep:
+        if path.is_dir() and path not in keep and not path.name.startswith(f"{EPOCH}-"):
             shutil.rmtree(path, ignore_errors=True)
 
 

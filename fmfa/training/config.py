@@ -81,6 +81,7 @@ class TrainConfig:
     workers: int = _setting(0, "loader processes", low=0)
     evaluate_every: int = _setting(1, "epochs between validations; the last is always validated", low=1)
     checkpoint_every: int = _setting(0, "steps between checkpoints within an epoch; 0 = none", low=0)
+    keep_epochs: bool = _setting(False, "keep the weights of every epoch, to tell what selecting on test would claim")
     log_gradients_every: int = _setting(0, "steps between gradient norms by loss; 0 = never", low=0)
     tensorboard: bool = _setting(True, "write TensorBoard logs")
 

@@ -20,6 +20,7 @@ from fmfa.models.interfaces import ModelOutput
 from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
 from fmfa.training.checkpoints import (
+    EPOCH,
     find_checkpoint,
     prune_checkpoints,
     read_optimizer,
@@ -178,6 +179,8 @@ class TrainingLoop:
             if progress.best is None or found[SELECTION] > progress.best:
                 progress.best, progress.best_epoch = found[SELECTION], progress.epoch
                 self._write("best")
+        if config.keep_epochs:
+            self._write(EPOCH)
         self._checkpoint()
         text = f"epoch {progress.epoch}/{config.epochs}: loss {values['loss/total']:.4f}"
         text += f", validation R@1 {found[SELECTION]:.2f}" if found else ""
