@@ -89,7 +89,7 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
     lines = []
     for row, runs in found.items():
         table = pd.DataFrame(runs)
-        line = {"row": row, "runs": len(runs)} | table.mean().to_dict()
+        line = {"row": row, "runs": len(runs), "epochs": int(table.pop("epochs").max())} | table.mean().to_dict()
         lines.append(line | {"best epoch of the best run": table["best on test"].max()})
     return pd.DataFrame(lines)
 
