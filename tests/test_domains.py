@@ -10,7 +10,7 @@ from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE
 from fmfa.records import write_json
-from fmfa.results import cross_domain_table, read_queries, save_evaluation, seeds_table
+from fmfa.results import cross_domain_table, export_results, read_queries, save_evaluation, seeds_table
 from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.simpedes import generate, recipe
 from fmfa.systems import load_system
@@ -134,6 +134,15 @@ def test_levels_and_drops_by_hand(tmp_path):
     assert table.loc[("irra", STREET, STATION), "R@1"] == pytest.approx(25)
     assert np.isnan(table.loc[("irra", STREET, STATION), "drop"])
     assert np.isnan(table.loc[("fmfa", STREET, STREET), "drop"])
+
+
+def test_an_export_keeps_the_evaluations_on_the_other_domain(tmp_path):
+    folders = study(tmp_path)
+    kept = [tmp_path / "exported" / folder.name for folder in folders]
+    for folder, target in zip(folders, kept, strict=True):
+        export_results(folder, target)
+    assert (kept[0] / f"on-{STATION}" / "fmfa-1" / "identities-test.csv").is_file()
+    pd.testing.assert_frame_equal(cross_domain_table(folders), cross_domain_table(kept), rtol=1e-4)
 
 
 def test_the_drop_uses_the_seeds_that_both_have(tmp_path):

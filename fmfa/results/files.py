@@ -144,8 +144,8 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
 def export_results(results: str | Path, target: str | Path) -> None:
     """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
 
-    Queries become sums by identity (see `read_queries`), of equal zero-shot queries only the first are kept, and a data
-    folder in the project loses the path of the project.
+    Evaluations on other domains (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of
+    equal zero-shot queries only the first are kept, and a data folder in the project loses the path of the project.
     `python -m fmfa.results runs/standard data/results/standard` makes the committed tables.
     """
     starts: set[bytes] = set()
@@ -169,3 +169,5 @@ def export_results(results: str | Path, target: str | Path) -> None:
                     continue
                 starts.add(content)
             (folder / path.name.replace(_QUERIES, _IDENTITIES, 1)).write_bytes(content)
+    for other in sorted(Path(results).glob("on-*")):
+        export_results(other, Path(target) / other.name)
