@@ -22,6 +22,7 @@ class EvaluateParameters:
     queries: int
     phrases: int
     counterfactuals: int
+    device: str
     seed: int
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class VisualiseParameters:
     positions: list
     queries: int
     results: str
+    device: str
     seed: int
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ def selection_table(results: str | Path, split: str = "test", seed: int = 0, hal
     return pd.DataFrame(lines)
 
 
-def save_epochs(run: str | Path, dataset: Dataset, split: str) -> None:
+def save_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "cpu") -> None:
     """Score every epoch that a run kept (`keep_epochs`) on a split of its own data set: `epochs-SPLIT.csv`.
 
     One line an identity: the number of its queries, and for every epoch how many found it first; only `epochs_table`
@@ -63,7 +63,7 @@ def save_epochs(run: str | Path, dataset: Dataset, split: str) -> None:
         return
     table = pd.DataFrame()
     for epoch, path in checkpoints.items():
-        queries = load_system(path / WEIGHTS).evaluate(dataset, split).per_query().dropna(subset=["R@1"])
+        queries = load_system(path / WEIGHTS, device).evaluate(dataset, split).per_query().dropna(subset=["R@1"])
         by_identity = queries.groupby("identity")["R@1"]
         table["queries"], table[str(epoch)] = by_identity.size(), by_identity.sum()
     table.to_csv(Path(run) / f"{EPOCHS}{split}.csv", float_format="%.5g")

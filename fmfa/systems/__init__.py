@@ -10,6 +10,7 @@ from torch import nn
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import PROJECT, open_dataset
 from fmfa.data.transforms import ImageTransform, fmfa_evaluation, ivt_evaluation
+from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, TrainingError
 from fmfa.evaluation import Evaluation, evaluate
 from fmfa.models.ivt import IvtRetriever
@@ -70,16 +71,17 @@ def build_system(config: TrainConfig, dataset: Dataset) -> System:
     return _system(model, config.vocabulary, report)
 
 
-def load_system(source: str | Path = "") -> System:
+def load_system(source: str | Path = "", device: str = "cpu") -> System:
     """Reopen a trained system.
 
     Args:
         source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, or empty
             for the shipped tiny CLIP.
+        device: where it works: auto (a GPU where there is one), cpu or cuda.
 
     Raises:
         CheckpointError: nothing of that kind there.
-        ConfigError: the vocabulary of an IVT is neither in its run folder nor known by its size.
+        ConfigError: no such device, or the vocabulary of an IVT is neither in its run folder nor known by its size.
     """
     path = Path(source) if source else TINY_WEIGHTS
     if path.is_dir():
@@ -89,15 +91,16 @@ def load_system(source: str | Path = "") -> System:
     model, _ = load_retriever(path)
     run = _run_of(path)
     kept = run / VOCABULARY if run else None
-    return _system(model, kept if kept and kept.is_file() else "")
+    return _system(model.to(choose_device(device)), kept if kept and kept.is_file() else "")
 
 
-def load_start(source: str | Path, dataset: Dataset) -> System | None:
+def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> System | None:
     """The system that a run started from, before its training; None for a checkpoint that lies in no run.
 
     Args:
         source: a run folder, or a checkpoint in one.
         dataset: any data set with a training split; it decides nothing but the size of an unused classifier.
+        device: as in `load_system`.
 
     Raises:
         CheckpointError: the starting weights are no longer there.
@@ -105,7 +108,10 @@ def load_start(source: str | Path, dataset: Dataset) -> System | None:
     run = _run_of(Path(source))
     if run is None:
         return None
-    return build_system(TrainConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8"))), dataset)
+    config = TrainConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+    system = build_system(config, dataset)
+    system.model.to(choose_device(device))
+    return system
 
 
 def run_training(config: TrainConfig, folder: str | Path) -> Path:

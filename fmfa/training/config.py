@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from fmfa.devices import DEVICES
 from fmfa.errors import ConfigError
 
 METHODS = ("clip", "irra", "fmfa", "ivt")
@@ -77,7 +78,7 @@ class TrainConfig:
     mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", low=-1, high=0.9)
     mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", low=-1, high=0.9)
     seed: int = _setting(0, "of weights, sampling, augmentation, masking and dropout", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = _setting("auto", "auto takes a GPU where there is one", choices=DEVICES)
     workers: int = _setting(0, "loader processes", low=0)
     evaluate_every: int = _setting(1, "epochs between validations; the last is always validated", low=1)
     checkpoint_every: int = _setting(0, "steps between checkpoints within an epoch; 0 = none", low=0)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, get_int_from_env, parse_flag_from_env
 
+from fmfa.devices import choose_device
 from fmfa.errors import ConfigError
 from fmfa.models.distributed import world_size
 from fmfa.training.config import TrainConfig
@@ -88,9 +89,7 @@ def _on_cpu(config: TrainConfig) -> bool:
     told = parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.device == "cuda" and told:
         raise ConfigError("device is 'cuda', but accelerate launch was told --cpu; take 'cpu' or 'auto', or no --cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU; take 'cpu' or 'auto'")
-    cpu = told or config.device == "cpu" or not torch.cuda.is_available()
+    cpu = told or choose_device(config.device).type == "cpu"
     if cpu and config.precision == "fp16":
         raise ConfigError("precision 'fp16' needs a GPU; on a CPU take 'fp32' or 'bf16'")
     return cpu
