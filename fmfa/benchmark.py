@@ -1,32 +1,40 @@
 """How fast and how large: `python -m fmfa.benchmark` renders pictures and takes training steps of each method.
 
-Every figure comes from one run on one machine, so only the ratios travel. Peak memory is the resident memory of a fresh
-process a method, over what the same process held before its first step. Floating-point operations are exact and the
-same on every machine; a pair is a picture with its caption, of which IVT makes three with its text levels.
+Every figure comes from one run on one machine, so only the ratios travel. Peak memory is that of a fresh process a
+method, over what it held before its first step: resident on a CPU, of tensors on a GPU. Floating-point operations are
+exact and the same on every machine; a pair is a picture with its caption, of which IVT makes three (its text levels).
+`--full-size` takes the papers' networks, ViT-B/16 at 384 x 128 pixels, from random weights.
 """
 
+import argparse
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import open_dataset
-from fmfa.simpedes.generate import pictures, recipe
-from fmfa.systems import NO_WEIGHTS, build_system
-from fmfa.systems.ivt import TINY_WEIGHTS
+from fmfa.devices import DEVICES, choose_device
+from fmfa.provenance import device_name
+from fmfa.simpedes.generate import generate, pictures, recipe
+from fmfa.systems import NO_WEIGHTS, System, build_system
+from fmfa.systems.clip import FULL_BACKBONE
+from fmfa.systems.ivt import TINY_VOCABULARY, TINY_WEIGHTS
 from fmfa.training.batches import TableBatches
 from fmfa.training.budget import training_flops
 from fmfa.training.config import TrainConfig
 
 METHODS = ("clip", "irra", "fmfa", "ivt")
 BATCH = 64
+FULL_SIZE = (384, 128)  # height and width in pixels
 
 
 def rendering_rate(size: tuple[int, int] = (96, 32), identities: int = 60) -> float:
@@ -36,34 +44,77 @@ def rendering_rate(size: tuple[int, int] = (96, 32), identities: int = 60) -> fl
     return count / (time.process_time() - begun)
 
 
-def first_batch(method: str, dataset: Dataset) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a method as it starts on SimPEDES, in training mode, and its first batch of 64 pairs."""
-    config = TrainConfig(method=method, batch_size=BATCH).resolved()
-    if method == "ivt" and not TINY_WEIGHTS.exists():
+def first_batch(method: str, folder: str | Path = "") -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model of a method in training mode, and its first batch of 64 pairs.
+
+    Args:
+        method: of `METHODS`.
+        folder: empty for the tiny model as it starts on SimPEDES; else the papers' network with random weights, on
+            pictures of 384 x 128 that are written to this folder.
+    """
+    config = TrainConfig(method=method, batch_size=BATCH)
+    if folder:
+        config = _full_size(config, Path(folder))
+    elif method == "ivt" and not TINY_WEIGHTS.exists():
         config = replace(config, weights=NO_WEIGHTS)  # no figure here depends on the weights' values
+    config = config.resolved()
+    dataset = open_dataset(config.dataset, config.root)
     system = build_system(config, dataset)
+    return system.model.train(), _batch(config, dataset, system)
+
+
+def _full_size(config: TrainConfig, folder: Path) -> TrainConfig:
+    height, width = FULL_SIZE
+    root = generate(folder / "pictures", recipe("tiny", height=height, width=width), progress=False)
+    config = replace(config, root=str(root), weights=NO_WEIGHTS, image_height=height, image_width=width, stride=16)
+    if config.method != "ivt":
+        return replace(config, backbone=FULL_BACKBONE)
+    backbone = folder / "ivt.json"  # the released sizes but for the words, which cost nothing, and the stride above
+    backbone.write_text(json.dumps({"vocab_size": len(TINY_VOCABULARY.read_text().split())}))
+    return replace(config, backbone=str(backbone), stride=12)
+
+
+def _batch(config: TrainConfig, dataset: Dataset, system: System) -> dict[str, Tensor]:
     masked = getattr(getattr(system.model, "objectives", None), "needs_mask", False)
-    batches = TableBatches(config, dataset, system.tokenizer, masked=masked)
-    return system.model.train(), next(iter(batches.read(0, 0)))
+    return next(iter(TableBatches(config, dataset, system.tokenizer, masked=masked).read(0, 0)))
 
 
-def step(method: str, repeats: int = 7) -> dict[str, float]:
+def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu", precision: str = "fp32") -> dict:
     """What a step of a method on a batch of 64 pairs of SimPEDES costs, forward and backward.
+
+    Args:
+        method: of `METHODS`.
+        repeats: steps that are timed, after a first one that is not.
+        folder: as in `first_batch`.
+        device: auto, cpu or cuda.
+        precision: fp32, or bf16 for the forward pass.
 
     Returns:
         Median `seconds`, peak memory in `MiB`, and floating-point operations a pair in millions, `MFLOP` (see
         `training_flops`; the optimiser's few are left out).
     """
-    model, batch = first_batch(method, open_dataset("SimPEDES-street"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats):
+    model, batch = first_batch(method, folder)
+    place = choose_device(device)
+    model, batch = model.to(place), {name: value.to(place) for name, value in batch.items()}
+    before, seconds = _memory(place), []
+    for _ in range(repeats + 1):
         begun = time.perf_counter()
-        sum(model(batch).losses.values()).backward()
+        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(batch).losses
+        sum(losses.values()).backward()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = _memory(place) - before
     operations = mean_flops(model, batch) * len(batch["images"]) / BATCH
-    return {"seconds": statistics.median(seconds), "MiB": peak / 1024, "MFLOP": operations / 1e6}
+    return {"seconds": statistics.median(seconds[1:]), "MiB": peak / 2**20, "MFLOP": operations / 1e6}
+
+
+def _memory(device: torch.device) -> int:
+    """Peak memory of this process so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def mean_flops(model: nn.Module, batch: dict[str, Tensor], draws: int = 8) -> float:
@@ -77,24 +128,34 @@ def mean_flops(model: nn.Module, batch: dict[str, Tensor], draws: int = 8) -> fl
     return statistics.mean(counts)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the rendering rate, and each method's step against IRRA's."""
-    if len(sys.argv) > 1:
-        print(json.dumps(step(sys.argv[1])))
+    parser = argparse.ArgumentParser(prog="python -m fmfa.benchmark", description="Time rendering and training steps.")
+    parser.add_argument("--full-size", action="store_true", help="ViT-B/16 at 384 x 128 in place of the tiny models")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass")
+    parser.add_argument("--method", choices=METHODS, help="measure this one alone and print JSON")
+    options = parser.parse_args(arguments)
+    given = {"device": options.device, "precision": options.precision}
+    if options.method:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(step(options.method, folder=folder if options.full_size else "", **given)))
         return
-    for size in ((96, 32), (384, 128)):
+    for size in ((96, 32), FULL_SIZE):
         print(f"rendering {size[0]} x {size[1]}: {rendering_rate(size):,.0f} pictures/s on one core")
-    print(f"training steps, batch {BATCH}, {torch.get_num_threads()} threads:")
+    where = f"{device_name(choose_device(options.device))}, {torch.get_num_threads()} threads"
+    print(f"training steps, batch {BATCH}, {options.precision}, {where}:")
     found = {}
     for method in METHODS:
-        command = [sys.executable, "-m", "fmfa.benchmark", method]
+        command = [sys.executable, "-m", "fmfa.benchmark", "--method", method, *["--full-size"] * options.full_size]
+        command += [word for name, value in given.items() for word in (f"--{name}", value)]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         found[method] = json.loads(run.stdout.splitlines()[-1])
     for method, values in found.items():
         seconds, memory, operations = (f"{values[key] / found['irra'][key]:.2f} x" for key in values)
         print(
-            f"{method:5} {values['seconds']:.3f} s ({seconds} IRRA), +{values['MiB']:.0f} MiB ({memory}), "
-            f"{values['MFLOP']:.0f} MFLOP a pair ({operations})"
+            f"{method:5} {values['seconds']:.3f} s ({seconds} IRRA), +{values['MiB']:,.0f} MiB ({memory}), "
+            f"{values['MFLOP']:,.0f} MFLOP a pair ({operations})"
         )
 
 
