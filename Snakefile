@@ -145,6 +145,7 @@ rule evaluate:
         notebook=ancient("notebooks/03_evaluate.ipynb"),
     output:
         touch("{run}/evaluate.done"),
+    priority: 1 # what is trained is evaluated before another training begins
     params:
         links=linked,
         values=lambda wildcards: given(STUDY.find(wildcards.run).tested),
