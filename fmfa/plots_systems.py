@@ -1,8 +1,7 @@
-"""Figures that set trained systems side by side: what they find, their similarities, their shared space, curves."""
+"""Figures that set trained systems side by side: what they find, their similarities, their shared space."""
 
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,14 +15,11 @@ from torch.nn import functional as F
 
 from fmfa.data.images import load_image, resolve_image
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
-from fmfa.evaluation.statistics import hierarchical_interval
 from fmfa.plots_retrieval import HIT, MISS
-from fmfa.results.files import find_queries, read_queries
 from fmfa.simpedes import is_simpedes, read_truth
 from fmfa.simpedes.ceiling import told_truly
 
 PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
-_POINT = re.compile(r"(?P<curve>[^=_]+)=(?P<value>[-+.\de]+)-(?P<seed>\d+)")  # RESULTS/CURVE=VALUE-SEED, as study.yml
 
 
 def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: int = 0) -> list[int]:
@@ -183,49 +179,4 @@ def plot_joint_space(
         f"gap between the modalities' means {gap:.2f}",
     )
     axis.title.set_size(9)
-    return figure
-
-
-def sensitivity(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
-    """R@1 of every point of the hyper-parameter curves in a results folder, in percent.
-
-    Points are runs named CURVE=VALUE-SEED, as `study.yml` names them. Intervals are over seeds and identities.
-
-    Returns:
-        Columns curve, value, seeds, queries, estimate, low, high; empty where there is no curve.
-    """
-    points: dict[tuple[str, float], list[pd.DataFrame]] = {}
-    for folder in sorted(Path(results).glob("*=*")):
-        if (match := _POINT.fullmatch(folder.name)) and find_queries(folder, split):
-            points.setdefault((match["curve"], float(match["value"])), []).append(read_queries(folder, split))
-    rows = []
-    for (curve, value), runs in sorted(points.items()):
-        hits = np.stack([run["R@1"].to_numpy() for run in runs])
-        found = hierarchical_interval(100 * hits, runs[0]["identity"].to_numpy(), np.random.default_rng(seed))
-        rows.append((curve, value, len(runs), len(runs[0]), found.estimate, found.low, found.high))
-    return pd.DataFrame(rows, columns=["curve", "value", "seeds", "queries", "estimate", "low", "high"])
-
-
-def plot_sensitivity(table: pd.DataFrame) -> Figure | None:
-    """Show R@1 over each hyper-parameter of `sensitivity`, with 95 % intervals; None where there is no curve."""
-    names: Sequence[str] = list(dict.fromkeys(table["curve"]))
-    if not names:
-        return None
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns + 0.5, 3.1 * lines), squeeze=False, sharey=True,
-                                layout="constrained")  # fmt: skip
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    for axis, name in zip(axes.flat, names):
-        points = table[table["curve"] == name]
-        errors = [points["estimate"] - points["low"], points["high"] - points["estimate"]]
-        axis.errorbar(points["value"], points["estimate"], yerr=errors, fmt="o-", capsize=3)
-        if points["value"].min() > 0 and points["value"].max() >= 30 * points["value"].min():
-            axis.set_xscale("log")
-        else:
-            axis.locator_params(axis="x", nbins=5)
-        axis.set(xlabel=name, title=f"seeds: {points['seeds'].min()}, n = {points['queries'].iloc[0]:,} queries")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("R@1 (%)")
     return figure

@@ -10,6 +10,7 @@ from fmfa.alignment.counterfactual import measure_counterfactual
 from fmfa.benchmark import first_batch, step
 from fmfa.devices import choose_device
 from fmfa.errors import ConfigError
+from fmfa.records import read_metrics
 from fmfa.systems import build_system, load_start, load_system, run_training
 from fmfa.systems.ivt import TINY_WEIGHTS as TINY_IVT
 from fmfa.training.batches import TableBatches
@@ -51,7 +52,7 @@ def test_losses_and_gradients_of_a_gpu_are_those_of_the_cpu(tiny, method):
         losses = model({name: value.to(device) for name, value in batch.items()}).losses
         sum(losses.values()).backward()
         norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
-        found[device] = {n: float(value) for n, value in losses.items()}, norms
+        found[device] = {n: value.item() for n, value in losses.items()}, norms
     for here, there in zip(*found.values(), strict=True):
         assert there == pytest.approx(here, rel=1e-3, abs=1e-5)
 
@@ -76,11 +77,13 @@ def test_measurements_of_a_gpu_are_those_of_the_cpu(tiny, source):
 
 @NEEDS_GPU
 @pytest.mark.parametrize("method", ["fmfa", "ivt"])
-def test_a_training_on_a_gpu_comes_out_the_same_twice(tiny, method, tmp_path):
+def test_a_training_on_a_gpu_comes_out_the_same_twice_but_for_rounding(tiny, method, tmp_path):
     values = {"method": method, "root": str(tiny.images.parent), "epochs": 2, "batch_size": 48, "device": "cuda"}
-    runs = [run_training(TrainConfig(**values), tmp_path / name) for name in ("once", "twice")]
-    states = [load_system(run).model.state_dict() for run in runs]
-    assert all(torch.allclose(value, states[1][name], atol=1e-3) for name, value in states[0].items())
+    found = []
+    for name in ("once", "twice"):
+        metrics = read_metrics(run_training(TrainConfig(**values), tmp_path / name))
+        found.append(metrics[metrics["metric"] != "seconds"].set_index(["split", "epoch", "metric"])["value"])
+    assert found[1].to_numpy() == pytest.approx(found[0].to_numpy(), rel=0.01, abs=0.02)
 
 
 def test_the_benchmark_steps_the_papers_network(tmp_path):

@@ -182,4 +182,5 @@ def test_cuda_gives_the_same():
     identities = torch.arange(500) % 90, torch.arange(400) % 90
     here, there = (feature_metrics(query.to(d), gallery.to(d), *identities) for d in ("cpu", "cuda"))
     for name, values in here.per_query().items():
-        np.testing.assert_array_equal(there.per_query()[name], values)
+        np.testing.assert_allclose(there.per_query()[name], values, rtol=1e-14)  # sums in another order
+    np.testing.assert_array_equal(there.first_rank, here.first_rank)

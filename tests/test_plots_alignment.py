@@ -165,24 +165,10 @@ def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
     assert (family[distance.argmin(axis=1)] == family).mean() > 0.6
 
 
-def test_curves_are_read_by_the_names_of_the_runs(tmp_path):
-    for name, hits in (("alpha=0.3-0", [1, 0]), ("alpha=0.3-1", [1, 1]), ("alpha=10-0", [0, 0]), ("fmfa-0", [1, 1]),
-                       ("stability_alpha=1_rate=0.1-0", [1, 1])):  # fmt: skip
-        (tmp_path / name).mkdir()
-        pd.DataFrame({"identity": [1, 2], "R@1": hits}).to_csv(tmp_path / name / "queries-test.csv")
-    table = plots_systems.sensitivity(tmp_path)
-    assert table[["curve", "value", "seeds", "estimate"]].to_numpy().tolist() == [
-        ["alpha", 0.3, 2, 75],
-        ["alpha", 10, 1, 0],
-    ]
-    assert [axis.get_xlabel() for axis in plots_systems.plot_sensitivity(table).axes] == ["alpha"]
-    assert plots_systems.plot_sensitivity(table.iloc[:0]) is None
-
-
 @pytest.mark.parametrize(("name", "value"), [("split", "tst"), ("phrases", 0), ("queries", 21), ("results", "nowhere")])
 def test_parameters_out_of_range_are_refused(name, value):
     good = {"runs": [], "dataset": "SimPEDES-street", "root": "", "scale": "tiny", "data_seed": 0, "split": "test",
-            "phrases": 3, "positions": [], "queries": 1, "results": "", "seed": 0}  # fmt: skip
+            "phrases": 3, "positions": [], "queries": 1, "results": "", "device": "cpu", "seed": 0}  # fmt: skip
     VisualiseParameters(**good)
     with pytest.raises(ConfigError, match=str(value)):
         VisualiseParameters(**good | {name: value})

@@ -88,6 +88,26 @@ def hierarchical_interval(
     return interval_over_seeds(means, seed_means, level)
 
 
+def further_run(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Where the mean over the same queries of one further training of a row would lie (prediction interval).
+
+    Student's t around the mean of the S seeds' means, S - 1 degrees of freedom, with the spread of one run beside that
+    of the mean. A single run of another row outside of it differs by more than another seed explains.
+
+    Args:
+        values: float [S, Q]; a query with NaN in any row is left out.
+        level: of the interval.
+
+    Returns:
+        Its ends; NaN with one seed.
+    """
+    means = values[:, ~np.isnan(values).any(axis=0)].mean(axis=1)
+    if len(means) < 2:
+        return np.nan, np.nan
+    reach = stats.t.isf((1 - level) / 2, len(means) - 1) * means.std(ddof=1) * np.sqrt(1 + 1 / len(means))
+    return float(means.mean() - reach), float(means.mean() + reach)
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p values of one family of comparisons, adjusted by Holm's step-down method (statsmodels)."""
     return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)

@@ -3,8 +3,16 @@
 from fmfa.results.alignment import correlation_table, counterfactual_table, grounding_table
 from fmfa.results.claims import claims_table
 from fmfa.results.comparisons import rows_paired_table, shuffled_table
+from fmfa.results.curves import grid_table, sensitivity_table
 from fmfa.results.domains import cross_domain_table
-from fmfa.results.figures import plot_against_retrieval, plot_claims, plot_comparison, plot_power
+from fmfa.results.figures import (
+    plot_against_retrieval,
+    plot_claims,
+    plot_comparison,
+    plot_grid,
+    plot_power,
+    plot_sensitivity,
+)
 from fmfa.results.files import METRICS, export_results, read_queries, save_evaluation
 from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
@@ -25,11 +33,14 @@ __all__ = [
     "epochs_table",
     "export_results",
     "gains_table",
+    "grid_table",
     "grounding_table",
     "plot_against_retrieval",
     "plot_claims",
     "plot_comparison",
+    "plot_grid",
     "plot_power",
+    "plot_sensitivity",
     "power_table",
     "published_table",
     "read_queries",
@@ -41,6 +52,7 @@ __all__ = [
     "save_evaluation",
     "seeds_table",
     "selection_table",
+    "sensitivity_table",
     "shuffled_table",
     "trained_on",
     "tuning_table",

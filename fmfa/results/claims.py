@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from fmfa.errors import ConfigError
+from fmfa.evaluation.statistics import further_run
 from fmfa.results.comparisons import difference_columns, holm_known
 from fmfa.results.rows import Rows, read_rows
 from fmfa.results.tables import published_gains
@@ -25,7 +27,8 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
         results: folder with one folder a run.
         split: of the comparison.
         seed: of the bootstrap and the permutations.
-        kind: "claims" of the papers, "controls" that must come out, or "oracles" that use the true part maps.
+        kind: "claims" of the papers, "controls" that must come out, "oracles" that use the true part maps, or "forms",
+            where paper and released code differ.
 
     Returns:
         One line a claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
@@ -43,7 +46,8 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
     table["p (Holm)"] = holm_known(table["p"])
     found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
     table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
-    return table.drop(columns=["p (these networks)", "effect size"])
+    beside = ["single", "level", "other", "further_low", "further_high"]
+    return table.drop(columns=["p (these networks)", "effect size", *beside], errors="ignore")
 
 
 def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
@@ -63,7 +67,18 @@ def _measured(rows: Rows, claim: dict[str, Any], seed: int) -> dict[str, Any]:
     line |= {name: claim[name] for name in ("claim", "row", "minus")}
     if "paper" in claim:
         line["published"] = _published(claim.get("published"))
-    return line | difference_columns(rows.compare(claim["row"], claim["minus"], seed=seed))
+    line |= difference_columns(rows.compare(claim["row"], claim["minus"], seed=seed))
+    single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
+    other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
+    if other in rows.runs:
+        line |= _beside_further_run(rows, single[0], other)
+    return line
+
+
+def _beside_further_run(rows: Rows, single: str, other: str) -> dict[str, Any]:
+    low, high = further_run(rows.values(other))
+    return {"single": single, "level": 100 * np.nanmean(rows.values(single)), "other": other,
+            "further_low": 100 * low, "further_high": 100 * high}  # fmt: skip
 
 
 def _published(methods: list[str] | None) -> str:
@@ -77,7 +92,7 @@ def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
         return MISSING, f"{line['row']} and {line['minus']} were not both run with the same seed."
     measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
     if line["seeds"] == 1:
-        return UNCLEAR, f"These two networks differ by {measured}; one seed says nothing about another training."
+        return UNCLEAR, f"These two networks differ by {measured}; {_one_seed(line)}"
     found = pd.notna(line["p (Holm)"]) and line["p (Holm)"] <= LEVEL
     above = found and line["R@1 difference"] > 0
     measured = f"{measured} over {line['seeds']} seeds"
@@ -90,6 +105,16 @@ def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
     if line["p"] <= LEVEL:
         return UNCLEAR, f"{measured}: more than the noise of one comparison, but not of all in this table."
     return UNCLEAR, f"{measured}: this is within the noise."
+
+
+def _one_seed(line: dict[str, Any]) -> str:
+    if pd.isna(line.get("further_low", np.nan)):
+        return "one seed says nothing about another training."
+    side = "inside" if line["further_low"] <= line["level"] <= line["further_high"] else "outside"
+    return (
+        f"the one training of {line['single']}, {line['level']:.1f} %, lies {side} of where one further training of "
+        f"{line['other']} would lie, {line['further_low']:.1f} to {line['further_high']:.1f} %."
+    )
 
 
 def _control(expected: str, found: bool, above: bool, measured: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Figures of the comparison: levels of the rows, claims, what can be seen, and grounding against retrieval."""
+"""Figures of the comparison: rows, claims, what can be seen, curves and grids, grounding against retrieval."""
 
 from itertools import cycle
 from pathlib import Path
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fmfa.errors import ConfigError
 from fmfa.results.claims import VERDICTS
+from fmfa.results.curves import OWN
 from fmfa.results.files import references
 from fmfa.results.power import gains_of_fmfa, power_table
 from fmfa.results.rows import read_rows
@@ -127,3 +128,70 @@ def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label:
     grid.set_titles("{col_name}")
     grid.figure.supxlabel(label, fontsize="medium", y=-0.02)
     return grid.figure
+
+
+def plot_sensitivity(table: pd.DataFrame) -> Figure | None:
+    """Show R@1 over each hyper-parameter with 95 % intervals (FMFA, TOMM 2026, Figure 4); None without a curve.
+
+    The system's own value is a square; the band is where one further training with it would lie (95 %).
+
+    Args:
+        table: of `curves.sensitivity_table`.
+    """
+    names = list(dict.fromkeys(table["curve"]))
+    if not names:
+        return None
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns + 0.5, 3.1 * lines), squeeze=False, sharey=True,
+                                layout="constrained")  # fmt: skip
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names):
+        points = table[table["curve"] == name]
+        axis.plot(points["value"], points["estimate"], color="C0", linewidth=1)
+        for own, marker in ((False, "o"), (True, "s")):
+            part = points[points[OWN] == own]
+            errors = [part["estimate"] - part["low"], part["high"] - part["estimate"]]
+            axis.errorbar(part["value"], part["estimate"], yerr=errors, fmt=marker, color=f"C{int(own)}", capsize=3)
+        own = points[points[OWN]]
+        if own["further_low"].notna().any():
+            axis.axhspan(own["further_low"].iloc[0], own["further_high"].iloc[0], color="C1", alpha=0.2, linewidth=0)
+        if points["value"].min() > 0 and points["value"].max() >= 30 * points["value"].min():
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.locator_params(axis="x", nbins=5)
+        seeds = f"{points.loc[~points[OWN], 'seeds'].min()}" + f", own {own['seeds'].max()}" * bool(len(own))
+        axis.set(xlabel=name, title=f"seeds: {seeds}; n = {points['queries'].iloc[0]:,} queries")
+        axis.title.set_size(9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("R@1 (%)")
+    return figure
+
+
+def plot_grid(table: pd.DataFrame) -> Figure | None:
+    """Show how far every point of the grids ended above or below its start, one panel a grid; None without one.
+
+    Colour and upper number: R@1 on validation after the last epoch minus that of the start (points); in brackets the
+    R@1 (%) on the split that is compared.
+
+    Args:
+        table: of `curves.grid_table`.
+    """
+    if table.empty:
+        return None
+    grids = list(table.groupby("grid", sort=False))
+    figure, axes = plt.subplots(1, len(grids), figsize=(4.4 * len(grids) + 1, 3.4), squeeze=False, layout="constrained")
+    gained = table["last"] - table["start"]
+    reach = max(gained.abs().max(), 1)
+    for axis, (name, points) in zip(axes[0], grids):
+        first, second = points.columns[1:3]
+        change = points.assign(gained=gained[points.index]).pivot(index=first, columns=second, values="gained")
+        level = points.pivot(index=first, columns=second, values="R@1")
+        words = change.map("{:+.1f}".format) + level.map("\n({:.1f} %)".format)
+        sns.heatmap(change, annot=words, fmt="", cmap="RdBu", center=0, vmin=-reach, vmax=reach, ax=axis,
+                    cbar=axis is axes[0][-1], cbar_kws={"label": "last epoch minus start (points of R@1)"})  # fmt: skip
+        axis.set(title=f"{name}: start at {points['start'].mean():.1f} % on validation")
+        axis.title.set_size(10)
+    return figure

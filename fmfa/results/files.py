@@ -93,9 +93,20 @@ def _paths(folder: str | Path, split: str, kind: str) -> list[Path]:
     return [Path(folder) / f"{_QUERIES}{name}", Path(folder) / f"{_IDENTITIES}{name}"]
 
 
-def run_folders(results: str | Path) -> list[Path]:
-    """Return the folders of all runs under a results folder, in order of their names."""
-    return [path.parent for path in sorted(Path(results).glob(f"*/{RECORD}"))]
+def run_folders(results: str | Path, points: bool = False) -> list[Path]:
+    """Return the folders of the runs under a results folder, in order of their names.
+
+    Points of curves, which have a table of their own (`fmfa.results.curves`), are among them only where `points` is
+    True or the folder has nothing else.
+    """
+    found = [path.parent for path in sorted(Path(results).glob(f"*/{RECORD}"))]
+    rows = [folder for folder in found if not is_point(folder.name)]
+    return found if points or not rows else rows
+
+
+def is_point(run: str) -> bool:
+    """Whether a run or row is a point of a curve of `study.yml`, by its name."""
+    return "=" in run
 
 
 def row_and_seed(run: str) -> tuple[str, int]:
@@ -112,7 +123,7 @@ def start_names(results: str | Path) -> dict[Path, str]:
     """
     names: dict[Path, str] = {}
     first: dict[str, str] = {}
-    for folder in run_folders(results):
+    for folder in run_folders(results, points=True):
         config = read_record(folder).get("config", {})
         weights = config.get("weights", "")
         if weights != "none":
@@ -144,12 +155,12 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
 def export_results(results: str | Path, target: str | Path) -> None:
     """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
 
-    Evaluations on other domains (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of
-    equal zero-shot queries only the first are kept, and a data folder in the project loses the path of the project.
+    What `target` holds already stays, so that results may come from several places. Evaluations on other domains
+    (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of each starting weights only
+    the first queries are kept, rows before points, and a data folder in the project loses the path of the project.
     `python -m fmfa.results runs/standard data/results/standard` makes the committed tables.
     """
-    starts: set[bytes] = set()
-    for run in run_folders(results):
+    for run in run_folders(results, points=True):
         folder = Path(target) / run.name
         folder.mkdir(parents=True, exist_ok=True)
         for path in (path for pattern in EXPORTED for path in run.glob(pattern)):
@@ -163,11 +174,18 @@ def export_results(results: str | Path, target: str | Path) -> None:
             queries = pd.read_csv(path).dropna(subset=["R@1"]).groupby("identity", sort=False)
             sums = queries[list(METRICS)].sum()
             sums.insert(0, "queries", queries.size())
-            content = sums.to_csv(float_format="%.5g").encode()
-            if ZERO_SHOT in path.name:
-                if content in starts:
-                    continue
-                starts.add(content)
-            (folder / path.name.replace(_QUERIES, _IDENTITIES, 1)).write_bytes(content)
+            sums.to_csv(folder / path.name.replace(_QUERIES, _IDENTITIES, 1), float_format="%.5g")
+    _keep_one_start(target)
     for other in sorted(Path(results).glob("on-*")):
         export_results(other, Path(target) / other.name)
+
+
+def _keep_one_start(results: str | Path) -> None:
+    """Delete all but the first exported queries of each starting weights and split, and those of random weights."""
+    names, seen = start_names(results), set()
+    for folder in sorted(run_folders(results, points=True), key=lambda folder: is_point(folder.name)):
+        for path in folder.glob(f"{_IDENTITIES}*{ZERO_SHOT}.csv"):
+            start = names.get(folder), path.name
+            if folder not in names or start in seen:
+                path.unlink()
+            seen.add(start)

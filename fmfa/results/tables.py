@@ -55,7 +55,7 @@ def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
     zero-shot level and the ceiling follow with the status "reference".
     """
     rows = []
-    for folder in run_folders(results):
+    for folder in run_folders(results, points=True):
         record = read_record(folder)
         config = record.get("config", {})
         row = {"run": folder.name, "method": config.get("method"), "preset": config.get("preset"),
@@ -92,7 +92,7 @@ def tuning_table(results: str | Path) -> pd.DataFrame:
 
     Empty where the folder has no finished run, or is not there.
     """
-    records = [read_record(folder) for folder in run_folders(results)] if Path(results).is_dir() else []
+    records = [read_record(folder) for folder in run_folders(results, points=True)] if Path(results).is_dir() else []
     done = [
         {"learning rate": r["config"]["learning_rate"], "method": r["config"]["method"], "R@1": 100 * r["best"]}
         for r in records
