@@ -44,8 +44,9 @@ def sensitivity_table(results: str | Path, split: str = "test", seed: int = 0) -
     for (curve, value), folders in sorted(points.items()):
         lines.append({"curve": curve, "row": row_and_seed(folders[0].name)[0], "value": value, OWN: False}
                      | _level(folders, split, seed))  # fmt: skip
-    for curve, (value, folders) in {curve: (value, folders) for (curve, value), folders in points.items()}.items():
-        config = read_record(folders[0]).get("config", {})
+    examples = {curve: (value, folders[0]) for (curve, value), folders in points.items()}
+    for curve, (value, folder) in examples.items():
+        config = read_record(folder).get("config", {})
         row = config.get("method")
         own = [f for f in run_folders(results) if row_and_seed(f.name)[0] == row and find_queries(f, split)]
         if own:
@@ -75,8 +76,7 @@ def grid_table(results: str | Path, split: str = "test") -> pd.DataFrame:
 
     Returns:
         One line a point, means over its seeds: grid, the two settings by name, seeds; R@1 in percent on validation of
-        the `start`, of the `best` epoch and of the `last` one, and on the split, `R@1`, with `zero-shot`, that of the
-        start (empty where it was random). Empty where there is no grid.
+        the `start`, of the `best` epoch and of the `last` one, and `R@1` on the split. Empty where there is no grid.
     """
     lines = []
     for folder, grid, values in _points(results, split):
