@@ -85,7 +85,8 @@ def readme_table(heading):
 def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     levels = study.seeds_table(COMMITTED).set_index("row")
     assert readme_table("### Levels") == {row: list(levels.loc[row, list(study.METRICS)]) for row in levels.index}
-    claims = pd.concat([study.claims_table(COMMITTED, kind=kind) for kind in ("claims", "controls")])
+    kinds = ("claims", "controls", "oracles", "forms")
+    claims = pd.concat([study.claims_table(COMMITTED, kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
     told = readme_table("### Claims")
     assert set(told) == set(claims["claim"])

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from fmfa.records import read_record
+from fmfa.results.claims import read_claims
 from fmfa.results.files import METRICS, find_queries, read_queries, row_and_seed, run_folders
 
 FEWEST_ROWS = 5
@@ -15,9 +17,10 @@ FEWEST_ROWS = 5
 def grounding_table(results: str | Path, split: str = "test") -> pd.DataFrame:
     """Grounding and retrieval of every run that has both, a line each run and map; empty where no run has.
 
-    Columns: row, seed, map; `pointing game`, its `chance` (the part's area) and their difference `over chance`;
-    `over prior` (the pointing game minus that of "where this part usually is"); `phrases`; `R@1`. Shares in percent,
-    differences in points, of all parts whatever their visibility.
+    Columns: row, seed, system (the method; of oracles, "METHOD with true parts"), map; `pointing game`, its `chance`
+    (the part's area) and their difference `over chance`; `over prior` (the pointing game minus that of "where this
+    part usually is"); `phrases`; `R@1`. Shares in percent, differences in points, of all parts whatever their
+    visibility.
     """
     lines = []
     for line, table in _runs(results, split, "grounding"):
@@ -32,7 +35,7 @@ def grounding_table(results: str | Path, split: str = "test") -> pd.DataFrame:
 def counterfactual_table(results: str | Path, split: str = "test", attribute: str = "all") -> pd.DataFrame:
     """How the similarity answers to one changed attribute, a line each run and kind; empty where no run has it.
 
-    Columns: row, seed, kind ("picture" or "caption" was changed), pairs, `moves right` (percent of pairs whose
+    Columns: row, seed, system, kind ("picture" or "caption" was changed), pairs, `moves right` (percent of pairs whose
     similarity moves the right way, chance 50), `effect` (mean move in standard deviations of unpaired similarities),
     `R@1` in percent.
     """
@@ -45,12 +48,14 @@ def counterfactual_table(results: str | Path, split: str = "test", attribute: st
 
 
 def _runs(results: str | Path, split: str, kind: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+    oracles = {claim["row"] for claim in read_claims("oracles")}
     for folder in run_folders(results):
         path = folder / f"{kind}-{split}.csv"
         if path.is_file() and find_queries(folder, split):
             row, seed = row_and_seed(folder.name)
             retrieval = 100 * read_queries(folder, split)[METRICS[0]].mean()
-            yield {"row": row, "seed": seed, METRICS[0]: retrieval}, pd.read_csv(path)
+            system = read_record(folder).get("config", {}).get("method", row) + " with true parts" * (row in oracles)
+            yield {"row": row, "seed": seed, "system": system, METRICS[0]: retrieval}, pd.read_csv(path)
 
 
 def correlation_table(table: pd.DataFrame, group: str, measure: str, seed: int = 0) -> pd.DataFrame:

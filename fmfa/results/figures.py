@@ -112,7 +112,7 @@ def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
 
 
 def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label: str) -> Figure | None:
-    """Show a measure of every run against its R@1, one panel a value of `group`, one colour a row; None without runs.
+    """Show a measure of every run against its R@1, a panel a value of `group`, a colour a system; None without runs.
 
     Args:
         table: of `grounding_table` or `counterfactual_table`.
@@ -123,7 +123,8 @@ def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label:
     if table.empty:
         return None
     panels = min(table[group].nunique(), 4)
-    grid = sns.relplot(table, x=measure, y="R@1", col=group, hue="row", style="row", col_wrap=panels, height=2.8, s=60)
+    points = {"hue": "system", "style": "system", "height": 2.8, "s": 60, "alpha": 0.7}
+    grid = sns.relplot(table, x=measure, y="R@1", col=group, col_wrap=panels, **points)
     grid.set_axis_labels("", f"R@1 (%), n = {table[['row', 'seed']].drop_duplicates().shape[0]} runs")
     grid.set_titles("{col_name}")
     grid.figure.supxlabel(label, fontsize="medium", y=-0.02)
