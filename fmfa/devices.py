@@ -1,4 +1,8 @@
-"""Which device a notebook or a training works on."""
+"""Which device a notebook or a training works on, and that it computes there what it computed before."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +28,21 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda")
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Hold torch to deterministic algorithms on a GPU, so that the same training gives the same bits, as on a CPU.
+
+    An operation without one raises RuntimeError where it is called (torch: `use_deterministic_algorithms`).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

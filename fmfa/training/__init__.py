@@ -11,6 +11,7 @@ from torch import nn
 
 from fmfa.check import check_dataset
 from fmfa.data.annotations import Dataset
+from fmfa.devices import repeatable
 from fmfa.errors import TrainingError
 from fmfa.provenance import data_fingerprint, device_name
 from fmfa.records import read_record, run_record, write_json
@@ -73,7 +74,7 @@ def fit(
         write_json(folder / CONFIG, config.to_dict())
         about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
         record = run_record(folder, config=config.to_dict(), processes=accelerator.num_processes, **about)
-    with record as notes, _restored(accelerator, model):
+    with record as notes, repeatable(accelerator.device), _restored(accelerator, model):
         share = batches(accelerator.process_index, accelerator.num_processes)
         loop = TrainingLoop(config, model, share, folder, validate, accelerator)
         if config.tensorboard:
