@@ -27,6 +27,11 @@ def given(values):
     return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items())
 
 
+def quoted(folders):
+    """A list of folders as a parameter of the runner's command line."""
+    return shlex.quote(json.dumps([os.path.abspath(folder) for folder in folders]))
+
+
 def training_data(wildcards):
     return ancient(f"{STUDY.data_step(STUDY.find(wildcards.run).data)}.done")
 
@@ -166,9 +171,12 @@ rule compare:
     params:
         folder=lambda wildcards: os.path.abspath(wildcards.results),
         baseline=baseline,
+        away=lambda wildcards: quoted(
+            other for other in STUDY.results if other != wildcards.results and glob(f"{other}/*/evaluate.done")
+        ),
     shell:
         f"{RUN} {{input.notebook}} {{wildcards.results}}/comparison.ipynb -p results {{params.folder}}"
-        " -p baseline {params.baseline}"
+        " -p baseline {params.baseline} -p away {params.away}"
 
 
 rule pictures:
@@ -179,7 +187,7 @@ rule pictures:
         touch("{results}/pictures.done"),
     params:
         folder=lambda wildcards: os.path.abspath(wildcards.results),
-        runs=lambda wildcards: shlex.quote(json.dumps([os.path.abspath(run.folder) for run in shown(wildcards)])),
+        runs=lambda wildcards: quoted(run.folder for run in shown(wildcards)),
         values=lambda wildcards: given(STUDY.results[wildcards.results][0].tested),
     resources:
         gpu=STUDY.settings.get("gpu", 0),

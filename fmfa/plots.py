@@ -70,7 +70,7 @@ def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
         axes[0].axvline(mean, color="black", linestyle=style, label=f"{name}, published mean {mean}")
     axes[0].axvline(lengths.mean(), color="C3", label=f"here, mean {lengths.mean():.1f}")
     axes[0].set(xlabel="words a caption", ylabel=f"share of n = {len(lengths):,} captions (%)")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes[1].plot(np.arange(1, len(growth) + 1), growth, color="C0")
     axes[1].set(xlabel="captions read", ylabel="different words", xscale="log")
     table = pd.concat(

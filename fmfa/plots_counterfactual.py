@@ -121,7 +121,8 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
         right = 100 * rows["right"]
         ends = [right - 100 * rows["right_low"], 100 * rows["right_high"] - right]
         fewest, most = (int(n) for n in rows["pairs"].iloc[1:].agg(["min", "max"]))
-        label = f"{kind} changed, n = {int(rows['pairs'].iloc[0]):,} pairs, {fewest} to {most} an attribute"
+        each = f"{fewest} to {most}" if fewest < most else most
+        label = f"{kind} changed, n = {int(rows['pairs'].iloc[0]):,} pairs, {each} an attribute"
         axis.errorbar(
             right, place, xerr=ends, fmt="os"[number], color=f"C{number}", capsize=2, markersize=4, label=label
         )
@@ -130,6 +131,6 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="similarity moves the right way (% of pairs), 95 % intervals", xlim=(-2, 102))
     axis.axhline(0.5, color="0.8", linewidth=1)
     axis.invert_yaxis()
-    axis.margins(y=0.01)
+    axis.margins(y=0.02)
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure

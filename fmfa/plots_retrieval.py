@@ -73,8 +73,9 @@ def plot_gradient_norms(run_folder: str | Path) -> Figure | None:
             if len(curve):
                 axis.plot(curve["step"], curve["value"], label=name, **_style(name), **_marked(len(curve)))
         axis.set(title=feature.replace("_", " "), xlabel="step", yscale="log")
-        axis.legend(title="loss", fontsize=8, title_fontsize=8)
     panels[0].set_ylabel("L2 norm of the gradient")
+    named = {line.get_label(): line for axis in panels for line in axis.get_lines()}
+    figure.legend([named[name] for name in order], order, title="loss", fontsize=8, loc="outside right upper")
     return figure
 
 

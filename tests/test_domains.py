@@ -10,7 +10,14 @@ from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE
 from fmfa.records import write_json
-from fmfa.results import cross_domain_table, export_results, read_queries, save_evaluation, seeds_table
+from fmfa.results import (
+    cross_domain_table,
+    export_results,
+    plot_domains,
+    read_queries,
+    save_evaluation,
+    seeds_table,
+)
 from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.simpedes import generate, recipe
 from fmfa.systems import load_system
@@ -158,7 +165,27 @@ def test_the_drop_uses_the_seeds_that_both_have(tmp_path):
 
 def test_earlier_evaluations_without_a_domain_are_the_runs_own(tmp_path):
     evaluated(run(tmp_path / "clip-0", STREET), first(7), "SimPEDES")
-    assert cross_domain_table(tmp_path)["tested on"].tolist() == [STREET]
+    assert cross_domain_table(tmp_path).empty  # as of any row that was tested at home alone
+    evaluated(tmp_path / "clip-0", first(5), STATION, f"test@{STATION}")
+    assert cross_domain_table(tmp_path)["tested on"].tolist() == [STATION, STREET]
+    assert plot_domains(cross_domain_table(tmp_path).iloc[:0]) is None
+
+
+def test_the_figure_has_a_panel_a_test_set(tmp_path):
+    table = cross_domain_table(study(tmp_path))
+    axes = plot_domains(table).axes
+    assert [axis.get_xlabel() for axis in axes] == [f"R@1 on {name} (%), n = 20 queries" for name in (STATION, STREET)]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["fmfa (2 seeds)", "irra (1 seed)"]
+    drawn = {
+        (axis.get_xlabel().split()[2], bars.get_label(), round(float(place), 6)): float(value)
+        for axis in axes
+        for bars in axis.containers
+        for value, place in zip(*bars.lines[0].get_data(), strict=True)
+    }
+    for line in table.to_dict("records"):
+        place = ["fmfa", "irra"].index(line["row"]) + (0.1 if line["trained on"] == STREET else -0.1)
+        assert drawn.pop((line["tested on"], line["trained on"], place)) == pytest.approx(line["R@1"])
+    assert not drawn
 
 
 def test_other_queries_or_none_are_refused(tmp_path):

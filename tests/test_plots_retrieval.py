@@ -105,8 +105,9 @@ def test_a_single_loss_is_shown_once_and_no_validation_not_at_all(tmp_path):
 def test_gradient_norms_by_feature(tmp_path):
     figure = drawn(plots.plot_gradient_norms(write_run(tmp_path / "run")))
     assert titles(figure) == ["image tokens", "text tokens"]
-    named = [[t.get_text() for t in axis.get_legend().texts] for axis in figure.axes]
+    named = [[line.get_label() for line in axis.lines] for axis in figure.axes]
     assert named == [["asdm", "id", "efa"], ["asdm", "efa"]]  # a loss that reaches nothing has no curve
+    assert [text.get_text() for text in figure.legends[0].texts] == named[0]
     assert {axis.get_yscale() for axis in figure.axes} == {"log"}
     np.testing.assert_allclose(figure.axes[1].lines[1].get_xydata(), [[0, 0.1], [3, 0.2]])
     colours = [[line.get_color() for line in axis.lines] for axis in figure.axes]

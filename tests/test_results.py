@@ -368,8 +368,10 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
 
 
 def test_parameters_name_what_is_there(results):
-    study.CompareParameters(results=str(results), baseline="ivt", tuning="", split="test", seed=0)  # failed, but there
+    good = {"results": str(results), "baseline": "ivt", "tuning": "", "away": [], "split": "test", "seed": 0}
+    study.CompareParameters(**good)  # its only run failed, but is there
     with pytest.raises(ConfigError, match="of the rows asdm, broken, clip"):
-        study.CompareParameters(results=str(results), baseline="irrra", tuning="", split="test", seed=0)
-    with pytest.raises(ConfigError, match="is no folder"):
-        study.CompareParameters(results=str(results / "nowhere"), baseline="irra", tuning="", split="test", seed=0)
+        study.CompareParameters(**good | {"baseline": "irrra"})
+    for wrong in ({"results": str(results / "nowhere")}, {"away": [str(results), str(results / "nowhere")]}):
+        with pytest.raises(ConfigError, match="nowhere is no folder"):
+            study.CompareParameters(**good | wrong)

@@ -19,7 +19,7 @@ _Runs = dict[int, pd.DataFrame]  # queries by training seed
 
 
 def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = "test", seed: int = 0) -> pd.DataFrame:
-    """R@1 of every row on the data set that it was trained on and on every other that it was evaluated on.
+    """R@1 of the rows that were evaluated on another data set than they were trained on, there and at home.
 
     Args:
         results: one or several folders with one folder a run each; evaluations in run folders
@@ -32,7 +32,7 @@ def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = 
         One line a row, training set and test set; numbers in percent and points. `R@1` with `low` and `high` over seeds
         and identities. `drop` is the R@1 of the same row trained on the test set's own domain, minus this one, on the
         same queries over the seeds that both have, with `drop_low` and `drop_high`; empty where that row was not
-        run. `own` is the R@1 of the same networks at home, on other queries.
+        run. `own` is the R@1 of the same networks at home, on other queries. Empty where no row was tested elsewhere.
 
     Raises:
         ConfigError: no evaluated run, or two evaluations of a test set on different queries.
@@ -43,7 +43,8 @@ def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = 
     if not found:
         raise ConfigError(f"{results} holds no run evaluated on {split}: run notebooks/03_evaluate.ipynb first")
     _refuse_other_queries(found)
-    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found)])
+    travelled = {row for row, home, away in found if home != away}
+    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])
 
 
 def _evaluations(

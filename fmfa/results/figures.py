@@ -68,9 +68,7 @@ def plot_claims(table: pd.DataFrame) -> Figure | None:
         )
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(run.index, run["claim"])
-    seeds = sorted(run["seeds"].unique())
-    seeds = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    axis.set(xlabel=f"difference in R@1 (points), n = {seeds} seeds a row")
+    axis.set(xlabel=f"difference in R@1 (points), n = {_seeds(run)} a row")
     axis.set_ylim(len(run) - 0.4, -0.6)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -129,6 +127,34 @@ def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label:
     grid.set_titles("{col_name}")
     grid.figure.supxlabel(label, fontsize="medium", y=-0.02)
     return grid.figure
+
+
+def plot_domains(table: pd.DataFrame) -> Figure | None:
+    """Show R@1 by row and training set with 95 % intervals, one panel a test set; None without a line.
+
+    Args:
+        table: of `cross_domain_table`.
+    """
+    if table.empty:
+        return None
+    tests, homes, rows = (list(dict.fromkeys(table[name])) for name in ("tested on", "trained on", "row"))
+    figure, axes = plt.subplots(1, len(tests), figsize=(4 * len(tests) + 1, 0.5 * len(rows) + 1.6), squeeze=False,
+                                sharex=True, sharey=True, layout="constrained")  # fmt: skip
+    for axis, test in zip(axes[0], tests):
+        for number, (home, marker) in enumerate(zip(homes, cycle(MARKERS))):
+            part = table[(table["tested on"] == test) & (table["trained on"] == home)]
+            places = part["row"].map(rows.index) + 0.2 * (number - (len(homes) - 1) / 2)
+            errors = [part["R@1"] - part["low"], part["high"] - part["R@1"]]
+            axis.errorbar(part["R@1"], places, xerr=errors, fmt=marker, color=f"C{number}", capsize=3, label=home)
+        axis.set(xlabel=f"R@1 on {test} (%), n = {table.loc[table['tested on'] == test, 'queries'].iloc[0]:,} queries")
+    axes[0][0].set_yticks(
+        range(len(rows)), [f"{row} ({_seeds(part)})" for row, part in table.groupby("row", sort=False)]
+    )
+    axes[0][0].invert_yaxis()
+    axes[0][0].margins(y=0.12)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, [f"trained on {name}" for name in names], fontsize=8, loc="outside lower center", ncols=3)
+    return figure
 
 
 def plot_sensitivity(table: pd.DataFrame) -> Figure | None:
@@ -196,3 +222,8 @@ def plot_grid(table: pd.DataFrame) -> Figure | None:
         axis.set(title=f"{name}: start at {points['start'].mean():.1f} % on validation")
         axis.title.set_size(10)
     return figure
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    fewest, most = table["seeds"].min(), table["seeds"].max()
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * int(most > 1)}"

@@ -43,12 +43,14 @@ class CompareParameters:
     results: str
     baseline: str
     tuning: str
+    away: list
     split: str
     seed: int
 
     def __post_init__(self) -> None:
-        """Check that there is a results folder with runs of the baseline row; raises ConfigError."""
-        _require_results(self.results)
+        """Check that there are the results folders, and runs of the baseline row in the first; raises ConfigError."""
+        for folder in (self.results, *self.away):
+            _require_results(folder)
         rows = sorted({row_and_seed(path.parent.name)[0] for path in Path(self.results).glob("*/run.json")})
         if self.baseline not in rows:
             raise ConfigError(f"baseline is {self.baseline!r}; {self.results} has runs of the rows {', '.join(rows)}")
