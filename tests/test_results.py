@@ -93,6 +93,15 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     for line in claims.to_dict("records"):
         measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
         assert told[line["claim"]] == [f"{line['row']} - {line['minus']}", measured, line["verdict"]]
+    domains = study.cross_domain_table([COMMITTED, COMMITTED.parent / "station"])
+    told = readme_table("### Another domain")
+    assert len(told) == len(domains) / 2 == 8
+    for line in domains.to_dict("records"):
+        there, elsewhere, loss = told[f"{line['tested on'].removeprefix('SimPEDES-')}: {line['row']}"]
+        cell = there if line["trained on"] == line["tested on"] else elsewhere
+        assert cell == f"{line['R@1']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+        if cell == elsewhere:
+            assert loss == f"{line['drop']:.1f} [{line['drop_low']:.1f}, {line['drop_high']:.1f}]"
 
 
 def test_runs_and_rows_stand_between_chance_zero_shot_and_ceiling(results):
