@@ -46,6 +46,12 @@ def starting_weights(wildcards):
     return ancient(WEIGHTS[parameters["method"]]) if embedded else []
 
 
+def urgency(wildcards):
+    """Priority of a training: seed by seed, and of each the longest first, so that no core waits for the last one."""
+    run = STUDY.find(wildcards.run)
+    return ("clip", "irra", "ivt", "fmfa").index(run.parameters["method"]) / 10 - run.seed
+
+
 def trained(wildcards):
     run = STUDY.find(wildcards.run)
     return f"{run.source or run.folder}/train.done"
@@ -137,6 +143,7 @@ rule train:
     params:
         values=lambda wildcards: given(STUDY.find(wildcards.run).parameters),
         folder=lambda wildcards: os.path.abspath(wildcards.run),
+    priority: urgency
     resources:
         gpu=STUDY.settings.get("gpu", 0),
     shell:

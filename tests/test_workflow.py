@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,18 @@ def test_the_workflow_plans_one_training_and_one_evaluation_a_run(project, scale
     for rule, count in counts.items():
         assert plan.stdout.count(f"rule {rule}:") == count, rule
     assert "weights:" not in plan.stdout
+    urgency = {}
+    for rule, block in re.findall(r"rule (train|evaluate):\n(.*?resources)", plan.stdout, flags=re.DOTALL):
+        row, seed = re.search(r"output: runs/\w+/(?:on-[\w-]+/)?([\w-]+)-(\d)/", block).groups()
+        priority = re.search(r"priority: (\S+)", block)
+        urgency[rule, row, int(seed)] = float(priority[1]) if priority else 0.0
+    trainings = [value for (rule, *_), value in urgency.items() if rule == "train"]
+    assert min(value for (rule, *_), value in urgency.items() if rule == "evaluate") > max(trainings)
+    for seed in range(expected.settings["seeds"]):
+        times = [urgency["train", row, seed] for row in ("fmfa", "ivt", "irra", "clip")]
+        assert times == sorted(times, reverse=True)
+        assert len(set(times)) == 4
+        assert all(value < times[-1] for (rule, _, later), value in urgency.items() if rule == "train" and later > seed)
 
 
 def test_the_cluster_profile_asks_for_a_gpu_a_training(project, tmp_path):
