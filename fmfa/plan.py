@@ -30,7 +30,7 @@ def estimate(study: Study, costs: Mapping[str, float], device: str) -> pd.DataFr
 
     Args:
         study: the runs; finished steps are left out.
-        costs: seconds an epoch over 5,600 pairs by part, as in study.yml.
+        costs: seconds by part, as in study.yml: of an epoch over 5,600 pairs, of an evaluation, and of a notebook.
         device: "cpu" or "cuda"; only records of this sort of device count as measurements.
 
     Returns:
@@ -43,8 +43,8 @@ def estimate(study: Study, costs: Mapping[str, float], device: str) -> pd.DataFr
         row = rows.setdefault(run.row, {"row": run.row, "runs": 0, "left": 0, "seconds": 0.0})
         config = _config(run)
         rate, source = _rate(config, costs, measured, device)
-        training = config.epochs * _pairs(config) * rate
-        evaluation = costs["evaluate"] * _test_captions(run) / 1600
+        training = costs["notebook"] + config.epochs * _pairs(config) * rate
+        evaluation = costs["notebook"] + costs["evaluate"] * _test_captions(run) / 1600
         row |= {"runs": row["runs"] + 1, "seconds a run": training + evaluation, "from": source}
         if not is_finished(run, "train"):
             row["left"] += 1
@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(shown.rename(columns={"minutes": "minutes a run"}).to_string(index=False))
     unknown = int(table["seconds"].isna().sum())
     jobs = max(1, min(cores, int(table["left"].sum())))
-    hours = table["seconds"].sum() / 3600
-    print(f"{len(study.runs)} runs, {table['left'].sum()} to train; {hours:.1f} hours on one core, "
-          f"about {hours / jobs:.1f} on {cores} ({device})")  # fmt: skip
+    seconds = table["seconds"].sum()
+    print(f"{len(study.runs)} runs, {table['left'].sum()} to train; {_spoken(seconds)} on one core, "
+          f"about {_spoken(seconds / jobs)} on {cores} ({device})")  # fmt: skip
     if unknown:
         print(f"Without {unknown} rows that nothing was measured for yet; the first finished run of each will tell.")
     return 0
@@ -136,6 +136,10 @@ def _test_captions(run: Run) -> float:
     tested = run.tested
     known = tested["dataset"].startswith(SIMPEDES)
     return SCALES[tested.get("scale", TrainConfig.scale)][2] * _CAPTIONS if known else float("nan")
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
 
 
 def _device() -> str:

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from fmfa.errors import ConfigError
 from fmfa.models.objectives import objectives
 from fmfa.parameters import notebook_parameters, resolve_parameters
-from fmfa.plan import estimate
+from fmfa.plan import estimate, main
 from fmfa.study import expand_rows, parse_arguments, read_study, select_rows
 from fmfa.training.config import TrainConfig
 
@@ -141,14 +141,14 @@ def test_an_unknown_scale_is_refused():
 
 def test_the_estimate_adds_up_what_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    costs = {"two-stream": 10.0, "irr": 20.0, "efa": 40.0, "ivt": 30.0, "mla": 90.0, "evaluate": 8.0}
+    costs = {"two-stream": 10.0, "irr": 20.0, "efa": 40.0, "ivt": 30.0, "mla": 90.0, "evaluate": 8.0, "notebook": 3.0}
     small = study(scale="quick", chosen="clip irra fmfa asdm ivt", seeds=2)
     table = estimate(small, costs, "cpu").set_index("row")
     epochs = DEFINITION["scales"]["quick"]["train"]["epochs"]
     seconds = {"clip": 10, "irra": 30, "fmfa": 70, "asdm": 30, "ivt": 90}
     for row, epoch in seconds.items():
-        assert table.loc[row, "seconds a run"] == pytest.approx(epochs * epoch + 8)
-        assert table.loc[row, "seconds"] == pytest.approx(2 * (epochs * epoch + 8))
+        assert table.loc[row, "seconds a run"] == pytest.approx(3 + epochs * epoch + 3 + 8)
+        assert table.loc[row, "seconds"] == pytest.approx(2 * (3 + epochs * epoch + 3 + 8))
     finished = tmp_path / "runs/quick/irra-0"
     finished.mkdir(parents=True)
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:10:00+00:00"}
@@ -157,12 +157,23 @@ def test_the_estimate_adds_up_what_is_left(tmp_path, monkeypatch):
     (finished / "run.json").write_text(json.dumps(record))
     (finished / "train.status.json").write_text('{"status": "finished"}')
     table = estimate(small, costs, "cpu").set_index("row")
-    training = 600 / (438 * 64) * 5600 * epochs
+    training = 3 + 600 / (438 * 64) * 5600 * epochs
     assert table.loc["irra", ["runs", "left", "from"]].tolist() == [2, 1, "finished runs"]
-    assert table.loc["irra", "seconds"] == pytest.approx(training + 2 * 8)
-    assert table.loc["asdm", "seconds"] == pytest.approx(2 * (training + 8))  # the same parts
+    assert table.loc["irra", "seconds"] == pytest.approx(training + 2 * (3 + 8))
+    assert table.loc["asdm", "seconds"] == pytest.approx(2 * (training + 3 + 8))  # the same parts
     assert table.loc["fmfa", "from"] == "study.yml"
     assert estimate(small, costs, "cuda")["seconds"].isna().all()
+
+
+def test_the_plan_is_told_in_minutes_or_hours(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "study.yml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for words, told in (
+        (["scale=quick"], r"4 runs, 4 to train; \d+ minutes on"),
+        (["scale=standard"], r"\d\.\d hours on"),
+    ):
+        assert main(words) == 0
+        assert re.search(told, capsys.readouterr().out)
 
 
 # The workflow
