@@ -272,6 +272,18 @@ def test_the_cluster_profile_asks_for_a_gpu_a_training(project, tmp_path):
     assert "CUHK-PEDES: no folder given" in missing.stdout + missing.stderr
 
 
+def test_a_comparison_is_given_the_evaluated_runs_of_the_other_data_sets(project):
+    names = ("ICFG-PEDES", "RSTPReid")
+    words = ["scale=paper", f"datasets={' '.join(names)}", *(f"root_{name}={project}" for name in names)]
+    done = project / "runs/paper/RSTPReid/irra-0/evaluate.done"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    plan = snakemake(project, "--printshellcmds", "--config", *words, "chosen=irra", "seeds=1")
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    given = re.findall(r"04_ablation.ipynb runs/paper/([\w-]+)/.* -p away (\S+)", plan.stdout)
+    assert dict(given) == {"ICFG-PEDES": f"'[\"{project}/runs/paper/RSTPReid\"]'", "RSTPReid": "'[]'"}
+
+
 def make(folder, *words):
     # -o: the environment is taken as it is
     command = ["make", "-o", ".venv/.ready", f"BIN={Path(sys.executable).parent}", "SCALE=tiny", *words]

@@ -1,5 +1,6 @@
 """Figures of the comparison: rows, claims, what can be seen, curves and grids, grounding against retrieval."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
     for (name, level), style in zip(references(results, split).items(), cycle(STYLES), strict=False):
         value = level["R@1"][0]
         axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name}, {value:.1f} %")
-    labels = [f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in rows.runs.items()]
+    labels = [f"{name} ({_seeds([len(runs)])})" for name, runs in rows.runs.items()]
     axis.set_yticks(range(len(labels)), labels)
     people = len(np.unique(rows.identity))
     axis.set(xlabel=f"R@1 on {split} (%), n = {len(rows.identity):,} queries of {people:,} identities", xlim=(0, 100))
@@ -68,7 +69,7 @@ def plot_claims(table: pd.DataFrame) -> Figure | None:
         )
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(run.index, run["claim"])
-    axis.set(xlabel=f"difference in R@1 (points), n = {_seeds(run)} a row")
+    axis.set(xlabel=f"difference in R@1 (points), n = {_seeds(run['seeds'])} a row")
     axis.set_ylim(len(run) - 0.4, -0.6)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -147,9 +148,8 @@ def plot_domains(table: pd.DataFrame) -> Figure | None:
             errors = [part["R@1"] - part["low"], part["high"] - part["R@1"]]
             axis.errorbar(part["R@1"], places, xerr=errors, fmt=marker, color=f"C{number}", capsize=3, label=home)
         axis.set(xlabel=f"R@1 on {test} (%), n = {table.loc[table['tested on'] == test, 'queries'].iloc[0]:,} queries")
-    axes[0][0].set_yticks(
-        range(len(rows)), [f"{row} ({_seeds(part)})" for row, part in table.groupby("row", sort=False)]
-    )
+    labels = [f"{row} ({_seeds(seeds)})" for row, seeds in table.groupby("row", sort=False)["seeds"]]
+    axes[0][0].set_yticks(range(len(rows)), labels)
     axes[0][0].invert_yaxis()
     axes[0][0].margins(y=0.12)
     handles, names = axes[0][0].get_legend_handles_labels()
@@ -224,6 +224,6 @@ def plot_grid(table: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def _seeds(table: pd.DataFrame) -> str:
-    fewest, most = table["seeds"].min(), table["seeds"].max()
-    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * int(most > 1)}"
+def _seeds(counts: Sequence[int]) -> str:
+    fewest, most = min(counts), max(counts)
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed" + "s" * int(most > 1)
