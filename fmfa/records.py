@@ -5,45 +5,20 @@ import csv
 import json
 import os
 import socket
-import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import psutil
 
+from fmfa.files import write_json
 from fmfa.provenance import git_state, package_versions
 
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write JSON so that `path` holds either its old content or all of the new one, even after a crash.
-
-    NaN and infinities are refused, as JSON has none.
-
-    Raises:
-        ValueError: a value that JSON cannot hold; the old file stays.
-        OSError: the file cannot be written; the old file stays.
-    """
-    path = Path(path)
-    text = json.dumps(data, indent=1, allow_nan=False, default=_plain) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -169,14 +144,6 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
     rows = list(csv.reader(lines[1:]))
     table = pd.DataFrame(rows, columns=list(METRIC_COLUMNS))
     return table.astype({"epoch": "int64", "step": "int64", "value": "float64"})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Path):
-        return value.as_posix()
-    raise ValueError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
 def _scalar(value: Any) -> bool:

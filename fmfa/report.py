@@ -24,6 +24,7 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
 from fmfa.errors import ConfigError
+from fmfa.files import whole_file
 from fmfa.records import read_record
 from fmfa.runner import status_path
 
@@ -219,9 +220,8 @@ def _page(results: Path, sections: list[Section], tables: str) -> str:
 
 
 def _write(output: Path, page: str) -> None:
-    partial = output.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(output)
+    with whole_file(output) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from fmfa.arguments import add_parameter_options, given_parameters, print_parameters
 from fmfa.errors import ConfigError
+from fmfa.files import whole_file
 from fmfa.parameters import notebook_parameters, resolve_parameters
 
 KERNEL = "python3"
@@ -191,10 +192,8 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
 
 def _write(record: dict[str, Any]) -> None:
-    path = status_path(record["output"])
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(status_path(record["output"])) as partial:
+        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _now() -> str:

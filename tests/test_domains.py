@@ -9,7 +9,7 @@ import pytest
 from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE
-from fmfa.records import write_json
+from fmfa.files import write_json
 from fmfa.results import (
     cross_domain_table,
     export_results,

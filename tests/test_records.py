@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from fmfa.data.annotations import Dataset
+from fmfa.files import write_json
 from fmfa.provenance import data_fingerprint, device_name, git_state, package_versions
-from fmfa.records import MetricsLog, collect_runs, read_metrics, read_record, run_record, write_json
+from fmfa.records import MetricsLog, collect_runs, read_metrics, read_record, run_record
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

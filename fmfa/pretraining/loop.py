@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fmfa.data.pretraining_pairs import PretrainingPairs, collate_pairs
 from fmfa.errors import ConfigError
+from fmfa.files import whole_file
 from fmfa.progress import progress_bar
 
 POINTS = 40  # of the curve; the resume file is written at each
@@ -145,10 +145,6 @@ def _interrupted(resume: Path, settings: Mapping) -> dict:
 
 
 def _write(state: Mapping, path: Path) -> None:
-    part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        torch.save(dict(state), part)

@@ -12,8 +12,9 @@ from fmfa.data.datasets import PROJECT
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.controls import shuffle_captions
+from fmfa.files import write_json
 from fmfa.records import METRICS as METRICS_FILE
-from fmfa.records import RECORD, read_record, write_json
+from fmfa.records import RECORD, read_record
 from fmfa.results.names import dataset_label, results_split
 from fmfa.simpedes import is_simpedes, read_dataset_record
 

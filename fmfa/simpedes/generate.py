@@ -24,8 +24,8 @@ from filelock import FileLock
 from PIL import Image
 
 from ..errors import ConfigError
+from ..files import write_json
 from ..progress import progress_bar
-from ..records import write_json
 from .camera import BASE_SIZE, CAMERAS, SEASONS, render
 from .captions import STYLES, describe
 from .ceiling import ceiling

@@ -1,6 +1,5 @@
 """BERT's WordPiece as IVT feeds it to the network: `[CLS] pieces`, without `[SEP]`."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from fmfa.errors import ConfigError
+from fmfa.files import whole_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 512  # rows of BERT's position table
@@ -65,9 +65,8 @@ class WordPieceTokenizer:
     def save(self, path: str | Path) -> None:
         """Write the vocabulary as a `vocab.txt` that `wordpiece_tokenizer` reads, in one move."""
         pieces = self.vocabulary
-        part = Path(f"{path}.{os.getpid()}.part")
-        part.write_text("\n".join(sorted(pieces, key=pieces.get)) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with whole_file(path) as part:
+            part.write_text("\n".join(sorted(pieces, key=pieces.get)) + "\n", encoding="utf-8")
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The token strings of a row of ids, special tokens and padding included."""

@@ -13,8 +13,9 @@ from fmfa.check import check_dataset
 from fmfa.data.annotations import Dataset
 from fmfa.devices import repeatable
 from fmfa.errors import TrainingError
+from fmfa.files import write_json
 from fmfa.provenance import data_fingerprint, device_name
-from fmfa.records import read_record, run_record, write_json
+from fmfa.records import read_record, run_record
 from fmfa.text.tokens import Tokenizer
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fmfa.errors import CheckpointError
-from fmfa.records import write_json
+from fmfa.files import flush, write_json
 from fmfa.weights.own import read_checkpoint, save_checkpoint
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -55,11 +55,11 @@ def write_checkpoint(
             torch.save(dict(optimizer), unfinished / OPTIMIZER)
         write_json(unfinished / STATE, dict(state))
         for file in (*unfinished.iterdir(), unfinished):
-            _flush(file)
+            flush(file)
         if target.exists():
             shutil.rmtree(target)
         os.replace(unfinished, target)
-        _flush(home)
+        flush(home)
     except Exception as error:  # torch and safetensors report a full disk by classes of their own
         raise CheckpointError(
             f"checkpoint {target} could not be written ({type(error).__name__}: {error}); "
@@ -146,11 +146,3 @@ def read_optimizer(path: Path, device: torch.device | str = "cpu") -> dict[str, 
 def _complete(folder: str | Path) -> list[Path]:
     home = Path(folder) / "checkpoints"
     return sorted(path for path in home.glob("[!.]*-*") if (path / STATE).is_file())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,7 @@
 """Own weight files: safetensors with a record of what the weights are and how they came about."""
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmfa.errors import CheckpointError, ConfigError
+from fmfa.files import whole_file
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
 
@@ -39,8 +39,10 @@ def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor],
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda part: save_file(state, part, metadata={"record": text}))
-    _replace(path.with_suffix(".json"), lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    with whole_file(path) as part:
+        save_file(state, part, metadata={"record": text})
+    with whole_file(path.with_suffix(".json")) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -85,14 +87,3 @@ def _kind(config: Mapping) -> type[ClipRetriever] | type[IvtRetriever]:
         if name in config:
             return kind
     raise KeyError(f"{', '.join(config)}: neither a two-stream model's `backbone` nor IVT's `patch` among them")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
