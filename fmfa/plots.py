@@ -97,8 +97,9 @@ def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0, 
     for place, row in enumerate(rows.itertuples(index=False)):
         picture, text = axes[place // columns, 2 * (place % columns) : 2 * (place % columns) + 2]
         picture.imshow(load_image(resolve_image(dataset.images, row.image)), interpolation="nearest")
-        caption = textwrap.fill(row.caption, 30, max_lines=10, placeholder=" ...").replace("$", r"\$")
-        text.text(0, 0.98, f"identity {row.identity}\n{caption}", va="top", fontsize=8, transform=text.transAxes)
+        caption = textwrap.fill(row.caption, 30, max_lines=10, placeholder=" ...")
+        text.text(0, 0.98, f"identity {row.identity}\n{caption}", va="top", fontsize=8, transform=text.transAxes,
+                  parse_math=False)  # fmt: skip
     return figure
 
 

@@ -107,7 +107,7 @@ def _map_grid(
         for axis in lines:
             _outline(axis, masks[place])
     for axis, name in zip(axes[:, 0], ["picture", *columns]):
-        axis.set_ylabel(name, fontsize=9)
+        axis.set_ylabel(name, fontsize=9, parse_math=False)
     return figure
 
 

@@ -24,7 +24,7 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
 
     One line a person: a caption whose phrases are set bold in the colour of the picture in which they are no longer
     true; the original picture; up to three changed ones, each with the new value and the cosine similarity with the
-    caption. A change that is followed lowers the similarity.
+    caption. A change that is followed lowers the similarity: it is ticked, and an equal similarity marked by "=".
 
     Args:
         system: scores pictures and captions.
@@ -50,7 +50,8 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
         _show(original, np.asarray(load_image(dataset.images / record["file_path"])), "0.6",
               f"original\nsimilarity\n{before[id(strip[0])]:.3f}")  # fmt: skip
         for axis, made, colour in zip(places, strip, COLOURS):
-            mark = "✓" if after[id(made)] < before[id(made)] else "✗"
+            change = after[id(made)] - before[id(made)]
+            mark = "✓" if change < 0 else "✗" if change > 0 else "="
             name = made.attribute.replace("_", " ")
             _show(axis, made.changed, colour, f"{name}:\n{made.value}\n{after[id(made)]:.3f} {mark}")
     return figure
@@ -94,7 +95,8 @@ def _write_caption(axis: Axes, strip: list[Counterfactual]) -> None:
             shown = "".join(c if of == layer else " " for c, of in zip(line, owner))
             style = {"color": "0.25"} if layer is None else {"color": COLOURS[layer], "weight": "bold"}
             axis.annotate(shown, (0, 0.9), xytext=(0, -14 * number), xycoords="axes fraction", fontsize=9,
-                          textcoords="offset points", va="baseline", family="monospace", **style)  # fmt: skip
+                          textcoords="offset points", va="baseline", family="monospace", parse_math=False,
+                          **style)  # fmt: skip
 
 
 def _show(axis: Axes, picture: np.ndarray, colour: str, title: str) -> None:

@@ -108,7 +108,8 @@ def plot_pair_similarities(run_folder: str | Path) -> Figure | None:
     for name, colour, marker in (("matched", "C0", "o"), ("unmatched", "C1", "s")):
         curve = table[table["metric"] == f"cosine_{name}"]
         axis.plot(curve["epoch"], curve["value"], color=colour, label=f"{name} pairs", **_marked(len(curve), marker))
-    axis.set(title=Path(run_folder).name, xlabel="epoch", ylabel="cosine, mean over training batches")
+    axis.set_title(Path(run_folder).name, parse_math=False)
+    axis.set(xlabel="epoch", ylabel="cosine, mean over training batches")
     axis.locator_params(axis="x", integer=True)
     axis.legend(fontsize=8)
     return figure
@@ -181,7 +182,7 @@ def folder_grid(matches: pd.DataFrame, folder: str | Path, sentence: str = "", c
         axis.set_axis_off()
     for rank, (axis, match) in enumerate(zip(axes.flat, matches.itertuples(index=False)), start=1):
         name = textwrap.shorten(_plain(Path(match.image).name), 26, placeholder="...")
-        _picture(axis, resolve_image(folder, match.image), f"{rank}: {match.similarity:.3f}\n{name}", "0.6")
+        _picture(axis, Path(folder) / match.image, f"{rank}: {match.similarity:.3f}\n{name}", "0.6")
     if sentence:
         title = textwrap.fill(_plain(sentence), 22 * columns, max_lines=3, placeholder=" ...")
         figure.suptitle(title, parse_math=False)

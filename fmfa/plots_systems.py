@@ -57,7 +57,7 @@ def plot_side_by_side(
     for (wanted, *places), (name, evaluation) in zip(lines, evaluations.items()):
         _picture(wanted, resolve_image(images, row["image"]), "wanted", "0.6")
         rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
-        wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8)
+        wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
         for axis in places:
             axis.set_axis_off()
         matches = evaluation.top_matches(query, k).itertuples(index=False)
@@ -120,7 +120,8 @@ def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0, most
         for values, label, style in ((cosine[own], "matched", "-"), (cosine[~own], "unmatched", "--")):
             axis.hist(values, edges, density=True, histtype="step", linestyle=style, linewidth=1.8,
                       label=f"{label}, n = {values.size:,}")  # fmt: skip
-        axis.set(title=name, xlabel="cosine of caption and picture")
+        axis.set_title(name, parse_math=False)
+        axis.set_xlabel("cosine of caption and picture")
         axis.legend(fontsize=8, loc="upper left")
     axes[0, 0].set_ylabel("density of pairs")
     return figure

@@ -26,6 +26,7 @@ PROJECT = PYPROJECT["project"]
 NAME, EXTRA = PROJECT["name"], "test"
 DIRECT = [Requirement(line) for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][EXTRA]]]
 RUNTIME = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+OPTIONAL = {"pillow_heif"}  # the extra "heic"
 INSTALL = ["--constraint constraints.txt", f"--editable .[{EXTRA}]"]  # what pip is given, everywhere
 PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")  # no room for a +cpu
 PACKAGE_HOSTS = r"(?:pypi|pythonhosted|anaconda|download\.pytorch|pypi\.nvidia)\.(?:org|com|io|python\.org)\b"
@@ -202,7 +203,7 @@ def test_every_import_of_the_package_is_declared():
     providers = importlib.metadata.packages_distributions()
     missing = {}
     for file in sorted((ROOT / NAME).rglob("*.py")):
-        for module in set(imports(file.read_text())) - set(sys.stdlib_module_names) - {NAME}:
+        for module in set(imports(file.read_text())) - set(sys.stdlib_module_names) - {NAME, *OPTIONAL}:
             if not RUNTIME & {canonicalize_name(name) for name in providers.get(module, ())}:
                 missing.setdefault(module, []).append(str(file.relative_to(ROOT)))
     assert not missing, f"imported, and no dependency in pyproject.toml brings it: {missing}"

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,15 @@ from torch import nn
 
 from fmfa.data.transforms import fmfa_evaluation
 from fmfa.errors import AnnotationError, ConfigError, ImageError
-from fmfa.evaluation import IMAGE_TO_TEXT, TEXT_TO_IMAGE, evaluate, gallery_of, search_folder, top_matches
+from fmfa.evaluation import (
+    IMAGE_TO_TEXT,
+    TEXT_TO_IMAGE,
+    Evaluation,
+    evaluate,
+    gallery_of,
+    search_folder,
+    top_matches,
+)
 from fmfa.evaluation.encoding import encode_captions, encode_images
 from fmfa.evaluation.metrics import rank_metrics
 from fmfa.models.interfaces import Encoded
@@ -144,15 +154,72 @@ def test_top_matches_are_sorted_and_marked(result):
     assert top_matches(torch.tensor([0.1, 0.7, 0.7, 0.9]), 3).tolist() == [3, 1, 2]
 
 
+@pytest.mark.parametrize("equal", [2, 3, 12])
+def test_ties_count_against_the_model_in_ranks_and_lists_alike(split, equal):
+    """Of equal pictures those of other people come first: the first tick of a list is at the caption's rank."""
+    gallery, draw = gallery_of(split), np.random.default_rng(equal)
+    features = torch.from_numpy(draw.normal(size=(12 // equal, 3))).float().repeat(equal, 1)
+    features = features[torch.from_numpy(draw.permutation(len(features)))]
+    text = features[torch.from_numpy(draw.integers(0, 12, len(split)))] + 0.1
+    found = Evaluation(split, gallery, text, features)
+    ranks = found.metrics[TEXT_TO_IMAGE].first_rank
+    for query in range(len(split)):
+        matches = found.top_matches(query, 12)
+        assert matches["similarity"].is_monotonic_decreasing
+        assert matches["hit"].to_numpy().argmax() + 1 == ranks[query]
+        same = found.top_matches(query, 3)
+        pd.testing.assert_frame_equal(same, matches[:3])
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_folder_is_searched_by_a_sentence(split, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    (tmp_path / "blue" / "._0.png").write_text("a resource fork")
+    for hidden in ("blue/._0.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", ".cache/b.png", ".c.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("no picture")
     Image.new("RGB", (4, 4), COLOURS["blue"]).save(tmp_path / "TOP.JPG")
     found = search_folder(ColourModel(), "person blue", tmp_path, WordTokenizer(), TRANSFORM, k=4)
     assert set(found["image"]) == {"TOP.JPG", "blue/0.png", "blue/1.png", "blue/2.png"}
     assert found["similarity"].is_monotonic_decreasing
     assert found["similarity"].iloc[0] == pytest.approx(1, abs=1e-3)
     assert len(search_folder(ColourModel(), "red", tmp_path, WordTokenizer(), TRANSFORM)) == 10
+
+
+@pytest.mark.parametrize("name", ["a.jpe", "a.JFIF", "a.avif", "a.jp2", "汉 é.TIF", "a.b.ppm", "dir.jpg/a.png"])
+def test_a_search_reads_what_pillow_reads(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 12), COLOURS["red"]).save(tmp_path / name)
+    found = search_folder(ColourModel(), "red", tmp_path, WordTokenizer(), TRANSFORM)
+    assert found["image"].tolist() == [name]
+
+
+def test_a_search_names_what_it_cannot_read_and_goes_on(split, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "searched"
+    for place in (outside, folder / "sub"):
+        place.mkdir(parents=True)
+    picture = Image.new("RGB", (8, 12), COLOURS["red"])
+    for place in (outside / "far.png", folder / "sub" / "near.png"):
+        picture.save(place)
+    (folder / "cut.jpg").write_bytes((outside / "far.png").read_bytes()[:45])
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x20ftypheic")
+    (folder / "layers.psd").write_text("not a picture")
+    (folder / "empty.png").touch()
+    os.mkfifo(folder / "pipe.png")
+    links = {"gone.png": "nowhere", "loop.png": "loop.png", "loop": "loop", "self": ".", "up": "..", "sub/top": ".."}
+    links |= {"way": outside, "one.png": outside / "far.png"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    tools = ColourModel(), "red", folder, WordTokenizer(), TRANSFORM
+    with pytest.warns(UserWarning, match="left out") as told:
+        found = search_folder(*tools, batch_size=2)
+    assert sorted(found["image"]) == ["one.png", "sub/near.png", "way/far.png"]
+    left_out = [line.split(": ")[0] for line in str(told[0].message).splitlines()[1:]]
+    assert left_out == ["cut.jpg", "empty.png", "gone.png", "layers.psd", "loop.png", "phone.heic", "pipe.png"]
+    assert "pip install pillow-heif" in str(told[0].message)
+    for name in ("one.png", "way", "sub/near.png"):
+        (folder / name).unlink()
+    with pytest.raises(ImageError, match=r"no pictures that can be read(?s:.*)cut\.jpg: "):
+        search_folder(*tools)
 
 
 def test_bad_input_is_named(split, tmp_path):

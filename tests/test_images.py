@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 from contextlib import suppress
@@ -126,9 +127,67 @@ def test_a_jpeg_whose_end_is_zeros_is_an_error(tmp_path, kept):
         load_image(tmp_path / "a.jpg")
 
 
-def test_bytes_behind_a_jpeg_do_no_harm(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(encoded("JPEG") + bytes(300))
-    assert load_image(tmp_path / "a.jpg").size == (16, 40)
+JPEGS = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"exif": b"Exif\0\0" + encoded("JPEG")}]
+
+
+def movie(seed=0, length=3000):
+    """Bytes as a motion photo has them behind its picture: they hold what looks like markers."""
+    return b"\0\0\0\x18ftypmp42" + np.random.default_rng(seed).integers(0, 256, length, dtype=np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=["baseline", "progressive", "restarts", "thumbnail"])
+@pytest.mark.parametrize(
+    "behind",
+    [bytes(300), b"junk\xff\xd9junk\xff\xda", b"\xff\xda" + bytes(9), encoded("JPEG")[:300], movie(), movie() * 99],
+    ids=["zeros", "markers", "scan", "cut picture", "movie", "long movie"],
+)
+def test_bytes_behind_a_jpeg_do_no_harm(tmp_path, options, behind):
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", **options))
+    alone = np.asarray(load_image(tmp_path / "a.jpg"))
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", **options) + behind)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.jpg"), alone)
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=["baseline", "progressive", "restarts", "thumbnail"])
+def test_bytes_behind_a_cut_jpeg_do_not_make_it_whole(tmp_path, options):
+    data = encoded("JPEG", **options)
+    for seed, share in enumerate(np.linspace(0.7, 0.99, 8)):
+        for behind in (bytes(300), encoded("JPEG"), bytes(300) + encoded("JPEG"), movie(seed)):
+            (tmp_path / "a.jpg").write_bytes(data[: int(len(data) * share)] + behind)
+            with pytest.raises(ImageError, match=r"a\.jpg"):
+                load_image(tmp_path / "a.jpg")
+
+
+def test_of_several_pictures_in_a_file_the_first_is_taken(tmp_path):
+    first, second = Image.fromarray(noise()), Image.new("RGB", (16, 40), "red")
+    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second])
+    first.save(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(load_image(tmp_path / "a.mpo"), load_image(tmp_path / "a.jpg"))
+    data = (tmp_path / "a.mpo").read_bytes()
+    start = data.rindex(b"\xff\xd8\xff")
+    (tmp_path / "a.mpo").write_bytes(data[: start + 200])  # the second is cut
+    np.testing.assert_array_equal(load_image(tmp_path / "a.mpo"), load_image(tmp_path / "a.jpg"))
+    (tmp_path / "a.mpo").write_bytes(data[: start - 200] + bytes(200) + data[start:])
+    with pytest.raises(ImageError, match=r"a\.mpo"):
+        load_image(tmp_path / "a.mpo")
+
+
+@pytest.mark.parametrize("image_format", ["AVIF", "JPEG2000"])
+def test_further_formats_of_pillow_are_read(tmp_path, image_format):
+    (tmp_path / "a.img").write_bytes(encoded(image_format))
+    assert load_image(tmp_path / "a.img").size == (16, 40)
+
+
+def test_a_heic_picture_is_read_or_says_what_it_needs(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x20ftypheic")
+    try:
+        import pillow_heif
+    except ImportError:
+        with pytest.raises(ImageError, match=r"a\.heic: a HEIC picture.* pip install pillow-heif"):
+            load_image(tmp_path / "a.heic")
+    else:
+        pillow_heif.from_pillow(Image.new("RGB", (16, 40), (200, 10, 10))).save(tmp_path / "a.heic")
+        assert load_image(tmp_path / "a.heic").size == (16, 40)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -157,9 +216,15 @@ def test_any_bytes_load_or_raise_image_error(tmp_path_factory, data, head):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("empty.png", "empty"), ("none.png", "no such file"), ("sub", "folder"), ("t.png", "format")],
+    [
+        *[("empty.png", "empty"), ("none.png", "no such file"), ("sub", "folder"), ("t.png", "format")],
+        *[("gone.png", "link"), ("loop.png", "link"), ("pipe.png", "regular file")],
+    ],
 )
 def test_reasons_are_told(tmp_path, name, words):
+    (tmp_path / "gone.png").symlink_to(tmp_path / "none.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "sub").mkdir()
     (tmp_path / "t.png").write_text("not a picture")

@@ -13,10 +13,21 @@ MAX_PIXELS = 50_000_000
 """Largest accepted width x height; a pedestrian crop has about 0.05 megapixels, a phone photo 12 to 50."""
 
 # Named one by one: Pillow would otherwise also try formats that start other programs (EPS).
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_FORMATS = ["JPEG", "JPEG2000", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF"]
+try:
+    import pillow_heif
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener()
+    _FORMATS.append("HEIF")
 _OUTSIDE = r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)"
 _NAMELESS = r"^[./\\]*$|\x00"
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_UNKNOWN_TO_PILLOW = (".heic", ".heif", ".hif", ".jxl", ".dng")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# A marker in a JPEG, without those that stand alone within a scan: stuffed zeros, TEM and RST0 to RST7.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
+_JPEG_FIRST, _JPEG_START, _JPEG_END = 0xC0, 0xD8, 0xD9
 
 UNSAFE_PATH = f"{_OUTSIDE}|{_NAMELESS}"
 """Regular expression that finds paths which cannot lie in the image folder, for use on whole columns."""
@@ -54,18 +65,27 @@ def resolve_image(images: str | Path, relative: str) -> Path:
     return target
 
 
+def picture_suffixes() -> set[str]:
+    """Endings of picture files in lower case, also of formats that `load_image` refuses."""
+    kinds = Image.registered_extensions().items()
+    return {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}.union(_UNKNOWN_TO_PILLOW)
+
+
 def load_image(path: str | Path) -> Image.Image:
     """Read one picture completely and return it as 8-bit RGB, upright.
 
     The size is read from the header first, so an oversized picture is refused without decoding it. The
     EXIF orientation is applied; transparency is laid over white; palettes, grey and CMYK are converted;
-    16-bit grey is reduced to 8 bit by its high byte; of an animation the first frame is taken.
+    16-bit grey is reduced to 8 bit by its high byte; of an animation, or several pictures, the first is taken.
+    Whatever lies behind a JPEG (a phone's video, further pictures) is ignored. HEIC needs `pillow-heif`.
 
     Raises:
         ImageError: the file is missing, empty, not a picture of a supported format, larger than `MAX_PIXELS`,
             cut short, or in a mode without a meaning as a photograph (32-bit integer or float). The message
             names the file.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise ImageError(f"{path}: {_no_file(path)}")
     try:
         with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             width, height = image.size
@@ -80,20 +100,24 @@ def load_image(path: str | Path) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image), path)
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file; check the image folder and the path in the annotations") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: too large to decode ({error}); {MAX_PIXELS:,} pixels are accepted") from None
     except Exception as error:  # Decoders fail on damaged files with nearly any exception type.
-        raise ImageError(f"{path}: {_reason(path, error)}; replace the file") from error
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
 def _refuse_open_end(file, path) -> None:
-    """A half-written JPEG padded with zeros decodes without complaint: ask for the end marker."""
+    """A half-written JPEG padded with zeros decodes without complaint: walk the first picture to its end marker."""
     file.seek(0)
-    data = file.read()
-    if data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
-        raise ImageError(f"{path}: cut short (a JPEG without its end marker); replace the file")
+    data, position = file.read(), 2
+    while found := _JPEG_MARKER.search(data, position):
+        marker, position = found[1][0], found.end()
+        if marker == _JPEG_END:
+            return
+        if marker < _JPEG_FIRST or marker == _JPEG_START:
+            break  # reserved, or another picture: the data of this one has ended
+        position += int.from_bytes(data[position : position + 2])
+    raise ImageError(f"{path}: cut short (a JPEG without its end marker); replace the file")
 
 
 def _to_rgb(image: Image.Image, path) -> Image.Image:
@@ -107,11 +131,26 @@ def _to_rgb(image: Image.Image, path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(path, error: Exception) -> str:
+def _no_file(path) -> str:
     if os.path.isdir(path):
         return "is a folder, not a picture"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return "the file is empty (0 bytes)"
+    if os.path.islink(path):
+        return "a link that leads to no file; mend or delete it"
+    if os.path.lexists(path):
+        return "is no regular file; expected a picture"
+    return "no such file; check the image folder and the path in the annotations"
+
+
+def _reason(path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if not head:
+        return "the file is empty (0 bytes); replace it"
+    if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS and "HEIF" not in _FORMATS:
+        return "a HEIC picture, which needs one more package: pip install pillow-heif"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a picture in a supported format ({', '.join(_FORMATS)}), or its header is damaged"
-    return f"cannot be decoded ({type(error).__name__}: {error})"
+        known = ", ".join(_FORMATS)
+        return f"not a picture in a supported format ({known}), or its header is damaged; replace the file"
+    return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())}); replace the file"

@@ -1,5 +1,7 @@
 """Retrieval quality of a model on a split, in both directions, and searches by a sentence."""
 
+import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmfa.data.images import resolve_image
+from fmfa.data.images import picture_suffixes, resolve_image
 from fmfa.data.transforms import ImageTransform
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.evaluation.chance import chance_metrics
@@ -20,7 +22,8 @@ from fmfa.evaluation.statistics import Interval, bootstrap_interval
 from fmfa.text.tokens import Tokenizer
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text to image", "image to text"
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+NO_PICTURES = ("__MACOSX", "@eaDir")
+"""Folders that archives of a Mac and network drives put beside the pictures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +103,17 @@ class Evaluation:
     def top_matches(self, query: int, k: int = 10) -> pd.DataFrame:
         """The k best images for a caption, best first: `image`, `identity`, `similarity`, `hit`.
 
+        Of equally similar images those of other people come first, as `rank_metrics` counts ties against the model:
+        the first hit is at the caption's `first_rank`.
+
         Args:
             query: row position of the caption.
             k: number of images, or fewer if the gallery is smaller.
         """
         similarity = _cosine(self.text_features[query], self.image_features)
-        best = top_matches(similarity, k).numpy()
-        found = self.gallery.iloc[best].assign(similarity=similarity[best].numpy())
-        return found.assign(hit=found["identity"] == self.rows["identity"].iloc[query])
+        table = self.gallery.assign(similarity=similarity.numpy())
+        table["hit"] = table["identity"] == self.rows["identity"].iloc[query]
+        return table.sort_values(["similarity", "hit"], ascending=[False, True], kind="stable")[:k]
 
     def ivt_metrics(self, gallery_step: int = 2) -> RankMetrics:
         """Text to image under the released IVT code's protocol.
@@ -198,31 +204,53 @@ def search_folder(
 ) -> pd.DataFrame:
     """The k pictures of a folder (and its subfolders) that fit a sentence best, best first.
 
+    Hidden files and folders are not searched; links are followed. What cannot be read is left out, with a warning that
+    names each picture and the reason.
+
     Returns:
         Table with `image` (posix path relative to `folder`) and `similarity` (cosine).
 
     Raises:
         ConfigError: an empty sentence.
-        ImageError: no such folder, no pictures in it, or a picture that cannot be read.
+        ImageError: no such folder, or no picture in it that can be read.
     """
-    folder = Path(folder)
     if not sentence.strip():
         raise ConfigError("the sentence to search for is empty; describe a person")
-    if not folder.is_dir():
+    folder = Path(folder)
+    if not os.path.isdir(folder):
         raise ImageError(f"{folder} is not a folder; give the folder of the pictures to search")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
-    )
-    if not names:
-        raise ImageError(f"{folder} holds no pictures; expected files ending in {', '.join(PICTURES)}")
-    paths = [resolve_image(folder, name) for name in names]
-    pictures = encode_images(model, paths, transform, batch_size=batch_size, progress=progress)
+    paths, faults = _pictures_below(folder)
+    encoded = encode_images(model, paths, transform, faults=faults, batch_size=batch_size, progress=progress)
+    names = np.array([os.path.relpath(path, folder).replace(os.sep, "/") for path in paths if path not in faults])
+    left_out = "\n".join(fault.replace(f"{folder}{os.sep}", "", 1) for _, fault in sorted(faults.items()))
+    if not len(names):
+        raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
+    if faults:
+        warnings.warn(f"{len(faults):,} of the pictures in {folder} were left out:\n{left_out}", stacklevel=2)
     query = encode_captions(model, [sentence], tokenizer, progress=False)[0]
-    similarity = _cosine(query, pictures)
+    similarity = _cosine(query, encoded)
     best = top_matches(similarity, k).numpy()
-    return pd.DataFrame({"image": np.array(names)[best], "similarity": similarity.numpy()[best]})
+    return pd.DataFrame({"image": names[best], "similarity": similarity.numpy()[best]})
+
+
+def _pictures_below(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Paths of the picture files in a folder and its subfolders, and by path why a subfolder cannot be searched.
+
+    Links are followed, each folder once, and never to a folder that holds `folder`.
+    """
+    paths, faults = [], {}
+
+    def note(error: OSError) -> None:
+        faults[error.filename] = f"{error.filename}: {error.strerror}"
+
+    suffixes, seen = picture_suffixes(), set(map(str, Path(os.path.realpath(folder)).parents))
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=note):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(f for f in folders if f[0] != "." and f not in NO_PICTURES)
+        if real not in seen:
+            paths += (os.path.join(place, f) for f in files if f[0] != "." and Path(f).suffix.lower() in suffixes)
+        seen.add(real)
+    return sorted(paths), faults
 
 
 def _cosine(query: Tensor, gallery: Tensor) -> Tensor:

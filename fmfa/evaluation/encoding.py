@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmfa.data.transforms import ImageTransform
+from fmfa.errors import ImageError
 from fmfa.progress import progress_bar
 from fmfa.text.tokens import Tokenizer
 
@@ -20,6 +21,7 @@ def encode_images(
     paths: Sequence[str | Path],
     transform: ImageTransform,
     *,
+    faults: dict[str | Path, str] | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Tensor:
@@ -29,6 +31,7 @@ def encode_images(
         model: has `encode_image`; stays on its device and is put back into its mode afterwards.
         paths: files to read.
         transform: the evaluation transform that belongs to the model.
+        faults: takes, by path, why a picture cannot be read; such pictures have no row in the result.
         batch_size: pictures at a time.
         progress: show a progress bar.
 
@@ -36,13 +39,22 @@ def encode_images(
         float32 [N, D] on the CPU, not normalised, in the order of `paths`.
 
     Raises:
-        ImageError: a picture cannot be read; the message names it.
+        ImageError: a picture cannot be read, and no `faults` were given; the message names it.
     """
+
+    def read(path: str | Path) -> Tensor | None:
+        try:
+            return transform.read(path)
+        except ImageError as error:
+            if faults is None:
+                raise
+            faults[path] = str(error)
+            return None
 
     def encode(pictures: Tensor) -> Tensor:
         return model.encode_image(transform.finish(pictures)).embedding
 
-    batches = _read_ahead(transform, [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)])
+    batches = _read_ahead(read, [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)])
     return _encode(model, encode, batches, len(paths), "pictures", progress)
 
 
@@ -102,12 +114,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _read_ahead(transform: ImageTransform, batches: Sequence[Sequence[str | Path]]) -> Iterator[Tensor]:
+def _read_ahead(
+    read: Callable[[str | Path], Tensor | None], batches: Sequence[Sequence[str | Path]]
+) -> Iterator[Tensor]:
     """uint8 [B, 3, H, W], with the next batch being read while the caller uses this one."""
     with ThreadPoolExecutor() as pool:
-        coming = pool.map(transform.read, batches[0]) if batches else ()
+        coming = pool.map(read, batches[0]) if batches else ()
         for following in [*batches[1:], ()]:
-            present = torch.stack(list(coming)) if batches else torch.empty(0)
-            coming = pool.map(transform.read, following)
-            if len(present):
-                yield present
+            present = [picture for picture in coming if picture is not None]
+            coming = pool.map(read, following)
+            if present:
+                yield torch.stack(present)

@@ -41,12 +41,12 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
         value = level["R@1"][0]
         axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name}, {value:.1f} %")
     labels = [f"{name} ({_seeds([len(runs)])})" for name, runs in rows.runs.items()]
-    axis.set_yticks(range(len(labels)), labels)
+    axis.set_yticks(range(len(labels)), labels, parse_math=False)
     people = len(np.unique(rows.identity))
     axis.set(xlabel=f"R@1 on {split} (%), n = {len(rows.identity):,} queries of {people:,} identities", xlim=(0, 100))
     axis.invert_yaxis()
     axis.margins(y=0.05)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    _legend_below(figure)
     return figure
 
 
@@ -68,10 +68,10 @@ def plot_claims(table: pd.DataFrame) -> Figure | None:
             part["R@1 difference"], part.index, xerr=errors, fmt=marker, color=colour, capsize=3, label=verdict
         )
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(run.index, run["claim"])
+    axis.set_yticks(run.index, run["claim"], parse_math=False)
     axis.set(xlabel=f"difference in R@1 (points), n = {_seeds(run['seeds'])} a row")
     axis.set_ylim(len(run) - 0.4, -0.6)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    _legend_below(figure)
     return figure
 
 
@@ -147,13 +147,14 @@ def plot_domains(table: pd.DataFrame) -> Figure | None:
             places = part["row"].map(rows.index) + 0.2 * (number - (len(homes) - 1) / 2)
             errors = [part["R@1"] - part["low"], part["high"] - part["R@1"]]
             axis.errorbar(part["R@1"], places, xerr=errors, fmt=marker, color=f"C{number}", capsize=3, label=home)
-        axis.set(xlabel=f"R@1 on {test} (%), n = {table.loc[table['tested on'] == test, 'queries'].iloc[0]:,} queries")
+        queries = table.loc[table["tested on"] == test, "queries"].iloc[0]
+        axis.set_xlabel(f"R@1 on {test} (%), n = {queries:,} queries", parse_math=False)
     labels = [f"{row} ({_seeds(seeds)})" for row, seeds in table.groupby("row", sort=False)["seeds"]]
-    axes[0][0].set_yticks(range(len(rows)), labels)
+    axes[0][0].set_yticks(range(len(rows)), labels, parse_math=False)
     axes[0][0].invert_yaxis()
     axes[0][0].margins(y=0.12)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, [f"trained on {name}" for name in names], fontsize=8, loc="outside lower center", ncols=3)
+    _legend_below(figure, handles, [f"trained on {name}" for name in names])
     return figure
 
 
@@ -190,8 +191,8 @@ def plot_sensitivity(table: pd.DataFrame) -> Figure | None:
         else:
             axis.locator_params(axis="x", nbins=5)
         seeds = f"{points.loc[~points[OWN], 'seeds'].min()}" + f", own {own['seeds'].max()}" * bool(len(own))
-        axis.set(xlabel=name, title=f"seeds: {seeds}; n = {points['queries'].iloc[0]:,} queries")
-        axis.title.set_size(9)
+        axis.set_xlabel(name, parse_math=False)
+        axis.set_title(f"seeds: {seeds}; n = {points['queries'].iloc[0]:,} queries", fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("R@1 (%)")
     return figure
@@ -219,9 +220,14 @@ def plot_grid(table: pd.DataFrame) -> Figure | None:
         words = change.map("{:+.1f}".format) + level.map("\n({:.1f} %)".format)
         sns.heatmap(change, annot=words, fmt="", cmap="RdBu", center=0, vmin=-reach, vmax=reach, ax=axis,
                     cbar=axis is axes[0][-1], cbar_kws={"label": "last epoch minus start (points of R@1)"})  # fmt: skip
-        axis.set(title=f"{name}: start at {points['start'].mean():.1f} % on validation")
-        axis.title.set_size(10)
+        title = f"{name}: start at {points['start'].mean():.1f} % on validation"
+        axis.set_title(title, fontsize=10, parse_math=False)
     return figure
+
+
+def _legend_below(figure: Figure, *entries: Sequence) -> None:
+    for text in figure.legend(*entries, fontsize=8, loc="outside lower center", ncols=3).get_texts():
+        text.set_parse_math(False)  # names of data sets and weight files
 
 
 def _seeds(counts: Sequence[int]) -> str:
