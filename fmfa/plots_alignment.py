@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -152,8 +151,3 @@ def percent_table(table: pd.DataFrame) -> pd.DataFrame:
     for name, values in (("chance", chance), ("prior place", prior)):
         rows.append({"map": name, **{key: f"{100 * value:.1f}" for key, value in values.items()}, "phrases": r.phrases})
     return pd.DataFrame(rows)
-
-
-def save_grounding(table: pd.DataFrame, folder: str | Path, split: str) -> None:
-    """Write `grounding-SPLIT.csv` into a run's folder."""
-    table.to_csv(Path(folder) / f"grounding-{split}.csv", index=False, float_format="%.6g")

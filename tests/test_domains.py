@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from evaluations import evaluate
 
 from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError
@@ -102,10 +103,8 @@ def evaluated(folder, hits, tested, name="test", identities=10):
     """Write an evaluation in which each of 20 queries is a hit or not."""
     table = pd.DataFrame({"identity": np.arange(20) % identities, "image": [f"{tested}/{i}.png" for i in range(20)],
                           "first_rank": 1, "R@1": np.array(hits, float)})  # fmt: skip
-    table.assign(**dict.fromkeys(("R@5", "R@10", "mAP", "mINP"), 1.0)).to_csv(
-        folder / f"queries-{name}.csv", index=False
-    )
-    write_json(folder / f"evaluation-{name}.json", {"dataset": tested, "metrics": []})
+    table = table.assign(**dict.fromkeys(("R@5", "R@10", "mAP", "mINP"), 1.0))
+    evaluate(folder, {f"queries-{name}": table}, name, dataset=tested)
 
 
 def first(count):

@@ -56,12 +56,6 @@ def test_grounding_figure_has_each_part_and_bin_with_its_number_of_phrases(groun
     assert drawn["gradient"][0] == pytest.approx(100 * table["hit"].iloc[0])
 
 
-def test_grounding_comes_back_from_its_file(grounding, tmp_path):
-    plots_alignment.save_grounding(grounding, tmp_path, "val")
-    again = pd.read_csv(tmp_path / "grounding-val.csv")
-    pd.testing.assert_frame_equal(grounding, again, rtol=1e-5, check_dtype=False)
-
-
 def test_percent_table_has_chance_and_prior_below_the_maps(grounding):
     table = plots_alignment.percent_table(grounding).set_index("map")
     total = grounding.iloc[0]

@@ -1,17 +1,25 @@
 """The comparison's tables and figures on small made-up results, and on the committed ones."""
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from evaluations import evaluate
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from scipy import stats
 
 from fmfa import results as study
 from fmfa.errors import ConfigError
+from fmfa.results import claims, tables
+from fmfa.results.__main__ import main
 from fmfa.results.claims import read_claims
 from fmfa.results.files import read_queries, row_and_seed
 from fmfa.results.power import COMPONENTS
@@ -47,14 +55,14 @@ def write_run(results, run, hits=None, method="clip", start=None, weights="", **
     (folder / "run.json").write_text(json.dumps(known | record))
     if hits is None:
         return folder
-    queries(hits).to_csv(folder / "queries-test.csv", index=False)
+    tables = {"queries-test": queries(hits)}
     level = {"direction": "text to image", "low": 1.0, "high": 99.0, "chance": 2.5, "queries": len(hits)}
     metrics = [level | {"metric": name, "value": 100 * np.mean(hits)} for name in study.METRICS]
     evaluation = {"dataset": "SimPEDES-street", "metrics": metrics, "ceiling": dict.fromkeys(study.METRICS, 0.9)}
     if start is not None:
-        queries(start).to_csv(folder / "queries-test-zero-shot.csv", index=False)
+        tables["queries-test-zero-shot"] = queries(start)
         evaluation["zero_shot"] = [level | {"metric": name, "value": 100 * np.mean(start)} for name in study.METRICS]
-    (folder / "evaluation-test.json").write_text(json.dumps(evaluation))
+    evaluate(folder, tables, **evaluation)
     return folder
 
 
@@ -163,8 +171,10 @@ def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
 
 
 def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
-    for path in results.glob("*/queries-test-zero-shot.csv"):
-        path.unlink()
+    for path in results.glob("*/evaluation-test.json"):
+        record = json.loads(path.read_text())
+        record["files"].pop("queries-test-zero-shot.csv", None)
+        path.write_text(json.dumps(record))
     line = study.rows_paired_table(results, "irra").set_index("row").loc["zero-shot"]
     assert line["R@1"] == pytest.approx(100 * draw(0.3, 99).mean())
     assert np.isnan(line["low"])
@@ -192,7 +202,7 @@ def test_controls_and_oracles_get_theirs(results):
     table = study.claims_table(results, kind="controls").set_index("row")
     assert list(table.loc[["shuffled-pairs", "weak-loss"], "verdict"]) == ["as it must be", "cannot be told apart"]
     for seed in range(4):
-        queries(draw(0.7, seed)).to_csv(results / f"shuffled-pairs-{seed}" / "queries-test.csv", index=False)
+        evaluate(results / f"shuffled-pairs-{seed}", {"queries-test": queries(draw(0.7, seed))})
     table = study.claims_table(results, kind="controls").set_index("row")
     assert table.loc["shuffled-pairs", "verdict"] == "not as it must be"
     assert (study.claims_table(results, kind="oracles")["verdict"] == "not run").all()
@@ -215,8 +225,8 @@ def test_the_definitions_of_claims_are_complete(kind):
 def test_shuffled_captions_against_chance(results):
     assert study.shuffled_table(results).empty
     few = np.arange(len(IDENTITY)) % 40 == 0  # 2.5 %
-    queries(few * 1).to_csv(results / "clip-0" / "queries-test-shuffled.csv", index=False)
-    queries(draw(0.5, 5)).to_csv(results / "irra-0" / "queries-test-shuffled.csv", index=False)
+    evaluate(results / "clip-0", {"queries-test-shuffled": queries(few * 1)})
+    evaluate(results / "irra-0", {"queries-test-shuffled": queries(draw(0.5, 5))})
     table = study.shuffled_table(results).set_index("row")
     assert list(table["at chance"]) == [True, False]
     assert (table["chance"] == 2.5).all()
@@ -261,7 +271,7 @@ def test_selecting_on_test_by_hand(tmp_path):
     for seed, hits in enumerate(([1, 1, 0, 0], [0, 0, 1, 1])):
         write_run(tmp_path, f"irra-{seed}", hits, best=0.4 + seed / 10)
     for path in tmp_path.glob("*/queries-test.csv"):
-        pd.read_csv(path).assign(identity=[0, 0, 1, 1]).to_csv(path, index=False)
+        evaluate(path.parent, {"queries-test": pd.read_csv(path).assign(identity=[0, 0, 1, 1])})
     line = study.selection_table(tmp_path, halves=20).iloc[0]
     assert (line["claimed"], line["on other people"], line["optimism"]) == (100, 0, 100)
     assert (line["mean of the runs"], line["lucky run"], line["chosen on validation"]) == (50, -50, 50)
@@ -272,8 +282,9 @@ def test_the_best_epoch_on_test_by_hand(tmp_path):
     assert study.epochs_table(write_run(tmp_path, "irra-0", best_epoch=3).parent).empty
     write_run(tmp_path, "irra-1", best_epoch=1)
     write_run(tmp_path, "clip-0", best_epoch=1)
-    (tmp_path / "irra-0" / "epochs-test.csv").write_text("identity,queries,1,2,3\n0,3,3,0,1\n1,1,0,1,1\n")
-    (tmp_path / "irra-1" / "epochs-test.csv").write_text("identity,queries,1,2,3\n0,3,1,3,0\n1,1,0,1,0\n")
+    columns = ["identity", "queries", "1", "2", "3"]
+    evaluate(tmp_path / "irra-0", {"epochs-test": pd.DataFrame([(0, 3, 3, 0, 1), (1, 1, 0, 1, 1)], columns=columns)})
+    evaluate(tmp_path / "irra-1", {"epochs-test": pd.DataFrame([(0, 3, 1, 3, 0), (1, 1, 0, 1, 0)], columns=columns)})
     table = study.epochs_table(tmp_path, halves=40)
     assert table["row"].tolist() == ["irra"]
     line = table.iloc[0]
@@ -295,7 +306,7 @@ def test_selecting_on_test_among_equal_and_unequal_runs(results):
     assert table.loc["irra", "chosen on validation"] == pytest.approx(100 * draw(0.6, 3).mean())
     assert np.isnan(table.loc["all rows", "chosen on validation"])  # sdm-efa kept no validation
     for seed in range(4):
-        queries(draw(0.6, 0)).to_csv(results / f"irra-{seed}" / "queries-test.csv", index=False)
+        evaluate(results / f"irra-{seed}", {"queries-test": queries(draw(0.6, 0))})
     equal = study.selection_table(results).set_index("row").loc["irra"]
     assert equal["optimism"] == pytest.approx(0, abs=1.5)  # nothing to choose from: halves differ by chance alone
 
@@ -303,7 +314,7 @@ def test_selecting_on_test_among_equal_and_unequal_runs(results):
 def grounding(folder, hits):
     lines = [{"map": name, "part": part, "visibility": "all", "phrases": 50, "hit": hit, "chance_hit": 0.1,
               "prior_hit": 0.3} for name, hit in hits.items() for part in ("all", "bag")]  # fmt: skip
-    pd.DataFrame(lines).to_csv(folder / "grounding-test.csv", index=False)
+    evaluate(folder, {"grounding-test": pd.DataFrame(lines)})
 
 
 def test_grounding_against_retrieval(results):
@@ -333,7 +344,7 @@ def test_grounding_against_retrieval(results):
 
 def test_changed_attributes(results):
     lines = [{"kind": "picture", "attribute": name, "pairs": 9, "right": 0.7, "effect": 0.2} for name in ("all", "bag")]
-    pd.DataFrame(lines).to_csv(results / "clip-0" / "counterfactual-test.csv", index=False)
+    evaluate(results / "clip-0", {"counterfactual-test": pd.DataFrame(lines)})
     table = study.counterfactual_table(results)
     assert table[["row", "seed", "kind", "moves right", "pairs"]].values.tolist() == [["clip", 0, "picture", 70.0, 9]]
 
@@ -384,3 +395,144 @@ def test_parameters_name_what_is_there(results):
     for wrong in ({"results": str(results / "nowhere")}, {"away": [str(results), str(results / "nowhere")]}):
         with pytest.raises(ConfigError, match="nowhere is no folder"):
             study.CompareParameters(**good | wrong)
+
+
+# --- what did not finish, or is damaged
+
+
+@pytest.mark.parametrize("name", ["queries-test.csv", "queries-test-zero-shot.csv", "grounding-test.csv",
+                                  "evaluation-test.json"])  # fmt: skip
+def test_a_run_whose_evaluation_is_not_whole_is_left_out_and_named(tmp_path, name):
+    for run, share in (("clip-0", 0.3), ("irra-0", 0.6)):
+        grounding(write_run(tmp_path, run, draw(share, 0), start=draw(0.2, 9)), {"gradient": 0.4})
+    path = tmp_path / "irra-0" / name
+    whole = path.read_bytes()
+    third = len(whole) // 3
+    damaged = [whole[:0], whole[:third], whole[:-2], whole + whole[-9:], None]
+    if name.endswith(".csv"):
+        damaged.append(whole[:third] + bytes([whole[third] ^ 1]) + whole[third + 1 :])
+    for content in damaged:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        rows = set(study.seeds_table(tmp_path)["row"])
+        assert "clip" in rows
+        assert "irra" not in rows
+        assert study.grounding_table(tmp_path)["row"].tolist() == ["clip"]
+        status = study.run_results(tmp_path).set_index("run")["status"]
+        assert status["clip-0"] == "finished"
+        assert status["irra-0"].startswith("finished; left out: ")
+        assert str(path.parent) in status["irra-0"]
+        for read in (lambda: read_queries(path.parent, "test"), lambda: study.export_results(tmp_path, tmp_path / "x")):
+            with pytest.raises(ConfigError, match="irra-0"):
+                read()
+        path.write_bytes(whole)
+    assert "irra" in set(study.seeds_table(tmp_path)["row"])
+
+
+def test_an_evaluation_stopped_between_two_files_is_the_old_one_or_none(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs", "irra-0", draw(0.6, 0), start=draw(0.2, 9))
+    old, new, replace = draw(0.6, 0).mean(), draw(0.1, 1).mean(), os.replace
+    found = []
+    for allowed in range(5):
+        left = iter(range(allowed))
+
+        def stop(*paths, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        again = shutil.copytree(tmp_path / "runs", tmp_path / f"again-{allowed}")
+        monkeypatch.setattr(os, "replace", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate(again / "irra-0", {"queries-test": queries(draw(0.1, 1)), "grounding-test": queries(draw(0.1, 1))})
+        monkeypatch.setattr(os, "replace", replace)
+        run = study.run_results(again).iloc[0]
+        found.append("did not finish" if "did not finish" in run["status"] else run["R@1"])
+    assert found == [pytest.approx(100 * old), *3 * ["did not finish"], pytest.approx(100 * new)]
+
+
+def test_a_file_that_no_evaluation_lists_is_not_read(tmp_path):
+    folder = write_run(tmp_path, "irra-0", draw(0.6, 0))
+    queries(draw(0.5, 1)).to_csv(folder / "queries-test-shuffled.csv", index=False)
+    assert study.shuffled_table(tmp_path).empty
+    (folder / "evaluation-test.json").unlink()
+    with pytest.raises(ConfigError, match=r"evaluation-test\.json is missing"):
+        read_queries(folder, "test")
+    with pytest.raises(ConfigError, match="has no evaluation on val"):
+        read_queries(folder, "val")
+
+
+def test_the_command_says_what_it_copied_or_why_not(results, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "RUNS" in capsys.readouterr().err.upper()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "none").mkdir()
+    wrong = {"/nope": "holds no run", str(tmp_path / "none"): "holds no run", str(tmp_path / "file"): "holds no run"}
+    for runs, words in wrong.items():
+        assert main([runs, str(tmp_path / "x")]) == 2
+        told = capsys.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1)
+        assert words in told.err
+        assert runs in told.err
+        assert not (tmp_path / "x").exists()
+    assert main([str(results), str(results)]) == 2
+    assert main([str(results), str(tmp_path / "file" / "x")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main([str(results), str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x'}: 19 runs copied\n"
+
+
+def entry(**changes):
+    return {"claim": "A helps.", "row": "a", "minus": "b", **changes}
+
+
+@pytest.mark.parametrize("content", [
+    "", "claims", "[]", "claims:", "claims: {}", "claims: []", "claims: [null]", "claims: [[a]]", "claims: [{row: a}]",
+    "oracles: [{claim: A., row: a, minus: b}]", "claims: [&x [*x]]", "claims: " + 2000 * "[", "claims: [1, 2]]", "\x00",
+    "claims: [{claim: A., row: a, minus: b, [1]: c}]", "? [a]\n: b", "claims: [{claim: A., row: [a], minus: b}]",
+    'claims: [{claim: "\\ud800", row: a, minus: b}]', "!!python/object/apply:os.system [ls]", "%YAML 9.9\n---\na: b",
+    *(yaml.dump({"claims": [entry(**change)]}) for change in (
+        {"expected": "beyond"}, {"published": "FMFA"}, {"published": ["FMFA"]}, {"published": [["FMFA"], "IRRA"]},
+        {"paper": ""}, {"row": ""}, {"extra": "x"}, {"minus": "a\nb"}, {"expected": ["above"]})),
+])  # fmt: skip
+def test_a_damaged_file_of_claims_is_told_in_one_sentence(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.yml")
+    with pytest.raises(ConfigError, match=r"claims\.yml"):  # it is not there
+        study.claims_table(tmp_path)
+    (tmp_path / "claims.yml").write_text(content)
+    with pytest.raises(ConfigError, match=r"claims\.yml"):
+        study.claims_table(tmp_path)
+
+
+@given(st.data())
+def test_any_change_of_claims_and_published_numbers_is_read_or_told(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("changed")
+    for module, name in ((claims, "CLAIMS"), (tables, "PUBLISHED")):
+        content = getattr(module, name).read_bytes()
+        start, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 40))
+        bits = [b"\n", b"- ", b": ", b"{", b"]", b'"', b",", b"null", b"\t", b"&a ", b"*a", b"|", b"!!int x", b"\xff"]
+        inserted = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from(bits)))
+        changed = folder / getattr(module, name).name
+        changed.write_bytes(content[:start] + inserted + content[start + length :])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, changed)
+            for make in (study.claims_table, lambda _: study.published_table(), study.components_table):
+                with contextlib.suppress(ConfigError):  # and no other error
+                    make(folder)
+
+
+@pytest.mark.parametrize("content", [
+    "", "R1", "dataset,method,initialisation\na,b,c\n", "dataset,method,initialisation,R1\na,b,c,much\n",
+    "dataset,method,initialisation,R1\na,b,c,101\n", "dataset,method,initialisation,R1\na,b,c,nan\n",
+    "dataset,method,initialisation,R1\na,b,c,1\na,b,c,2\n", "dataset,method,initialisation,R1\na,,c,1\n",
+    "dataset,method,initialisation,R1\na\n", 'dataset,method,initialisation,R1\n"a,b,c,1\n', "\x00\x00",
+])  # fmt: skip
+def test_damaged_published_numbers_are_told_in_one_sentence(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(tables, "PUBLISHED", tmp_path / "published.csv")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"published\.csv"):
+            study.published_table()
+        (tmp_path / "published.csv").write_text(content)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from test_ivt_weights import NARROW, UNUSED, released_state
@@ -110,18 +109,16 @@ def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path,
 def test_epochs_kept_are_scored_on_the_split_that_is_asked_for(root, backbone, tmp_path):
     data = open_dataset("SimPEDES-street", root)
     run = run_training(ivt(root, backbone, epochs=3, learning_rate=0.05, keep_epochs=True), tmp_path / "kept")
-    study.save_epochs(run, data, "test")
-    table = pd.read_csv(run / "epochs-test.csv")
+    table = study.score_epochs(run, data, "test")
     assert list(table) == ["identity", "queries", "1", "2", "3"]
     assert table["queries"].sum() == len(data.split("test"))
     best = read_record(run)["best_epoch"]
     hits = load_system(run).evaluate(data, "test", progress=False).per_query().groupby("identity")["first_rank"]
     assert table.set_index("identity")[str(best)].to_dict() == hits.apply(lambda ranks: (ranks == 1).sum()).to_dict()
+    study.save_evaluation(load_system(run).evaluate(data, "test"), data, "test", run, tables={"epochs": table})
     assert study.epochs_table(tmp_path)["row"].tolist() == ["kept"]
     shutil.rmtree(epoch_checkpoints(run)[2])
-    (run / "epochs-test.csv").unlink()
-    study.save_epochs(run, data, "test")
-    assert not (run / "epochs-test.csv").exists()  # the best of the epochs that are left is not the best of all
+    assert study.score_epochs(run, data, "test").empty  # the best of the epochs that are left is not the best of all
 
 
 def test_levels_reach_the_batches(root, backbone):

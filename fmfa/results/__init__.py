@@ -18,7 +18,7 @@ from fmfa.results.files import METRICS, export_results, read_queries, save_evalu
 from fmfa.results.names import dataset_label, results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
 from fmfa.results.power import components_table, gains_table, power_table
-from fmfa.results.selection import epochs_table, save_epochs, selection_table
+from fmfa.results.selection import epochs_table, score_epochs, selection_table
 from fmfa.results.tables import published_table, result_table, run_results, seeds_table, tuning_table
 
 __all__ = [
@@ -50,8 +50,8 @@ __all__ = [
     "results_split",
     "rows_paired_table",
     "run_results",
-    "save_epochs",
     "save_evaluation",
+    "score_epochs",
     "seeds_table",
     "selection_table",
     "sensitivity_table",

@@ -9,7 +9,7 @@ from scipy import stats
 
 from fmfa.records import read_record
 from fmfa.results.claims import read_claims
-from fmfa.results.files import METRICS, find_queries, read_queries, row_and_seed, run_folders
+from fmfa.results.files import METRICS, find_table, read_queries, row_and_seed, run_folders
 
 FEWEST_ROWS = 5
 
@@ -50,8 +50,8 @@ def counterfactual_table(results: str | Path, split: str = "test", attribute: st
 def _runs(results: str | Path, split: str, kind: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
     oracles = {claim["row"] for claim in read_claims("oracles")}
     for folder in run_folders(results):
-        path = folder / f"{kind}-{split}.csv"
-        if path.is_file() and find_queries(folder, split):
+        path = find_table(folder, split, kind)
+        if path:
             row, seed = row_and_seed(folder.name)
             retrieval = 100 * read_queries(folder, split)[METRICS[0]].mean()
             system = read_record(folder).get("config", {}).get("method", row) + " with true parts" * (row in oracles)

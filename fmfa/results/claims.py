@@ -18,6 +18,7 @@ LEVEL = 0.05
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "cannot be told apart", "not run"
 VERDICTS = (HOLDS, FAILS, UNCLEAR, MISSING)
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
+SIDES = ("above", "below", "not above")
 
 
 def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
@@ -51,15 +52,40 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
 
 
 def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
-    """Read one kind of `data/claims.yml`: claim, row, minus and, where there are, paper, published and expected.
+    """Read one kind of `data/claims.yml`: claim, row, minus and, where given, paper, published and expected.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: no such kind, or the file is missing, not YAML, or holds something else than such claims.
     """
-    known = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
-    if kind not in known:
-        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {', '.join(known)}")
+    try:
+        known = yaml.load(CLAIMS.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # every value is text
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{CLAIMS} cannot be read as YAML ({type(error).__name__}: {error})") from error
+    if not isinstance(known, dict) or kind not in known:
+        kinds = ", ".join(map(str, known)) if isinstance(known, dict) else "no kinds"
+        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {kinds}")
+    if not isinstance(known[kind], list) or not known[kind]:
+        raise ConfigError(f"{CLAIMS}, {kind}: expected a list of claims")
+    for number, claim in enumerate(known[kind], start=1):
+        if wrong := _wrong_in_claim(claim):
+            raise ConfigError(f"{CLAIMS}, {kind}, entry {number}: {wrong}")
     return known[kind]
+
+
+def _wrong_in_claim(claim: Any) -> str:
+    """What keeps an entry from being a claim; "" for nothing."""
+    fields = {"claim", "row", "minus"}
+    if not isinstance(claim, dict) or not fields <= set(claim) <= fields | {"paper", "published", "expected"}:
+        return "expected claim, row, minus and perhaps paper, published, expected"
+    methods = claim.get("published", ["", ""])
+    if not isinstance(methods, list) or len(methods) != 2 or not all(isinstance(name, str) for name in methods):
+        return "published must be a list of two methods of published.csv"
+    for name in claim.keys() - {"published"}:
+        if not isinstance(claim[name], str) or not claim[name].strip() or not claim[name].isprintable():
+            return f"{name} must be one line of text"
+    if claim.get("expected", SIDES[0]) not in SIDES:
+        return f"expected is {claim['expected']!r}; it must be {', '.join(SIDES)}"
+    return ""
 
 
 def _measured(rows: Rows, claim: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How systems do on another data set than they were trained on."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from fmfa.data.datasets import SIMPEDES
 from fmfa.errors import ConfigError
 from fmfa.evaluation.rows import compare_rows
 from fmfa.evaluation.statistics import hierarchical_interval
-from fmfa.results.files import METRICS, find_queries, read_queries, row_and_seed, run_folders
+from fmfa.results.files import METRICS, find_queries, finished_evaluation, read_queries, row_and_seed, run_folders
 from fmfa.results.names import trained_on
 from fmfa.results.rows import SAME
 
@@ -58,7 +57,7 @@ def _evaluations(
         for path in sorted([*folder.glob(f"evaluation-{split}.json"), *folder.glob(f"evaluation-{split}@*.json")]):
             name = path.stem.removeprefix("evaluation-")
             if find_queries(folder, name):
-                away = json.loads(path.read_text(encoding="utf-8"))["dataset"]
+                away = finished_evaluation(folder, name)["dataset"]
                 # evaluations that do not name the domain are from before there were others than the run's own
                 away = home if away == SIMPEDES else away
                 yield *row_and_seed(folder.name), home, away, read_queries(folder, name)

@@ -1,9 +1,15 @@
-"""What an evaluated run leaves behind, and what the comparison reads of it."""
+"""What an evaluated run leaves behind, and what the comparison reads of it.
 
-import json
+An evaluation is its tables (CSV) and `evaluation-SPLIT.json`, which is written last and lists them by checksum. What is
+not listed, or is not as listed, is not read: an evaluation counts once it has finished.
+"""
+
+import hashlib
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,7 +18,7 @@ from fmfa.data.datasets import PROJECT
 from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.controls import shuffle_captions
-from fmfa.files import write_json
+from fmfa.files import read_json, said_plainly, whole_file, write_json
 from fmfa.records import METRICS as METRICS_FILE
 from fmfa.records import RECORD, read_record
 from fmfa.results.names import dataset_label, results_split
@@ -20,46 +26,124 @@ from fmfa.simpedes import is_simpedes, read_dataset_record
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
-EXPORTED = (
-    RECORD,
-    METRICS_FILE,
-    "evaluation-*.json",
-    "grounding-*.csv",
-    "counterfactual-*.csv",
-    "identities-*.csv",
-    "epochs-*.csv",
-)
-_QUERIES, _IDENTITIES, EPOCHS = "queries-", "identities-", "epochs-"
+_EVALUATION, _QUERIES, _IDENTITIES = "evaluation", "queries", "identities"
 Level = tuple[float, float | None, float | None]  # value and interval in percent
 
 
 def save_evaluation(
-    evaluation: Evaluation, dataset: Dataset, split: str, folder: str | Path, start: Evaluation | None = None
+    evaluation: Evaluation,
+    dataset: Dataset,
+    split: str,
+    folder: str | Path,
+    start: Evaluation | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
 ) -> None:
-    """Write `evaluation-SPLIT.json` (metrics, intervals, chance, ceiling) and `queries-SPLIT.csv` (one row a query).
+    """Write an evaluation into a run's folder: its tables, then `evaluation-SPLIT.json`, which lists them.
 
-    `start` is the evaluation of the weights that training began with, kept as the zero-shot level; its queries are
-    written to `queries-SPLIT-zero-shot.csv` in the same form, so that rows can be compared with it, and those of the
-    control with shuffled captions to `queries-SPLIT-shuffled.csv`. On another data set
-    than the run's own, SPLIT is "test@SimPEDES-station" (`names.results_split`), so that no file takes another's place.
+    The tables are `queries-SPLIT.csv` (one row per caption: identity, image, rank of the first hit, and the metrics as
+    fractions), the same of the control with shuffled captions (`queries-SPLIT-shuffled.csv`) and of the starting
+    weights, and `KIND-SPLIT.csv` for each of `tables`. On another data set than the run's own, SPLIT is
+    "test@SimPEDES-station" (`names.results_split`), so that no file takes another's place.
+
+    Args:
+        evaluation: of the run.
+        dataset: what was evaluated.
+        split: of the data set.
+        folder: of the run.
+        start: evaluation of the weights that training began with, the zero-shot level.
+        tables: further tables by kind ("grounding", "counterfactual", "epochs"); empty ones are left out.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
     """
     folder, name = Path(folder), results_split(folder, dataset, split)
-    metrics = evaluation.table().round(4).to_dict("records")
-    record = {"dataset": dataset_label(dataset), "split": split, "metrics": metrics}
+    record = {"dataset": dataset_label(dataset), "split": split, "metrics": _metrics(evaluation)}
     if is_simpedes(dataset.images.parent):
         record["ceiling"] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    shuffled = shuffle_captions(evaluation, evaluation.seed)
+    written = {f"{_QUERIES}-{name}": _queries(evaluation), f"{_QUERIES}-{name}-shuffled": _queries(shuffled)}
     if start:
-        record["zero_shot"] = start.table().round(4).to_dict("records")
-        write_queries(start, folder / f"queries-{name}-zero-shot.csv")
-    write_queries(evaluation, folder / f"queries-{name}.csv")
-    write_queries(shuffle_captions(evaluation, evaluation.seed), folder / f"queries-{name}-shuffled.csv")
-    write_json(folder / f"evaluation-{name}.json", record)
+        record["zero_shot"] = _metrics(start)
+        written[f"{_QUERIES}-{name}-zero-shot"] = _queries(start)
+    written |= {f"{kind}-{name}": table for kind, table in (tables or {}).items() if len(table)}
+    write_evaluation(folder, name, record, written)
 
 
-def write_queries(evaluation: Evaluation, path: str | Path) -> None:
-    """Write one row a caption: identity, image, rank of the first hit, and the metrics as fractions."""
-    queries = evaluation.per_query()[["identity", "image", "first_rank", *METRICS]]
-    queries.to_csv(path, index=False, float_format="%.6g")
+def write_evaluation(
+    folder: str | Path, split: str, record: dict[str, Any], tables: Mapping[str, pd.DataFrame]
+) -> None:
+    """Write tables as `NAME.csv`, each whole or not at all, and then `evaluation-SPLIT.json`, which lists them."""
+    folder = Path(folder)
+    with said_plainly(f"the evaluation cannot be written to {folder}"):
+        for name, table in tables.items():
+            with whole_file(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+        _list_files(folder, split, record, [f"{name}.csv" for name in tables])
+
+
+def _list_files(folder: Path, split: str, record: Mapping, names: Iterable[str]) -> None:
+    listed = {name: _checksum(folder / name) for name in names}
+    write_json(folder / f"{_EVALUATION}-{split}.json", {**record, "files": listed})
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return evaluation.table().round(4).to_dict("records")
+
+
+def _queries(evaluation: Evaluation) -> pd.DataFrame:
+    return evaluation.per_query()[["identity", "image", "first_rank", *METRICS]]
+
+
+def read_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
+    """Read `evaluation-SPLIT.json` of a run; empty where the run was not evaluated.
+
+    Raises:
+        ConfigError: the evaluation did not finish, or a file of it is missing or not as the record lists it.
+    """
+    path = Path(folder) / f"{_EVALUATION}-{split}.json"
+    if not path.is_file() and not path.with_name(f"{_QUERIES}-{split}.csv").is_file():
+        return {}
+    record = read_json(path) if path.is_file() else {}
+    if wrong := _not_as_listed(path, record):
+        raise ConfigError(
+            f"the evaluation in {folder} did not finish, or was changed since: {wrong}; run "
+            "notebooks/03_evaluate.ipynb on it again"
+        )
+    return record
+
+
+def _not_as_listed(path: Path, record: Mapping) -> str:
+    listed = record.get("files")
+    if not isinstance(listed, dict):
+        return f"{path.name} is missing or does not list its files"
+    files = [(path.parent / name, checksum) for name, checksum in listed.items()]
+    wrong = next((file.name for file, checksum in files if not file.is_file() or _checksum(file) != checksum), "")
+    return wrong and f"{wrong} is missing or not as {path.name} lists it"
+
+
+def finished_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
+    """The record of `read_evaluation`; empty too where the evaluation did not finish (`run_results` tells which)."""
+    try:
+        return read_evaluation(folder, split)
+    except ConfigError:
+        return {}
+
+
+def find_table(folder: str | Path, split: str, *kinds: str, suffix: str = "") -> Path | None:
+    """Path of the first of `KIND-SPLIT[-SUFFIX].csv` that a run's finished evaluation lists; None without any."""
+    listed = finished_evaluation(folder, split).get("files", {})
+    names = (f"{kind}-{split}{'-' * bool(suffix)}{suffix}.csv" for kind in kinds)
+    return next((Path(folder) / name for name in names if name in listed), None)
+
+
+def find_queries(folder: str | Path, split: str, kind: str = "") -> Path | None:
+    """Path of a run's queries, or of their sums by identity in an exported run; None where there are neither."""
+    return find_table(folder, split, _QUERIES, _IDENTITIES, suffix=kind)
 
 
 def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame:
@@ -70,28 +154,19 @@ def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame
     the run itself, "zero-shot" for the weights it started from, "shuffled" for shuffled captions.
 
     Raises:
-        ConfigError: the run was not evaluated.
+        ConfigError: the run was not evaluated, or its evaluation did not finish.
     """
     path = find_queries(folder, split, kind)
     if path is None:
-        missing = _paths(folder, split, kind)[0]
-        raise ConfigError(f"{missing} is missing: run notebooks/03_evaluate.ipynb on this run first")
+        read_evaluation(folder, split)
+        of = f" of {kind}" if kind else ""
+        raise ConfigError(f"{folder} has no evaluation on {split}{of}: run notebooks/03_evaluate.ipynb on it first")
     table = pd.read_csv(path)
     if path.name.startswith(_QUERIES):
         return table
     means = table[list(METRICS)].div(table["queries"], axis=0)
     table = pd.concat([table["identity"], means], axis=1).loc[table.index.repeat(table["queries"])]
     return table.assign(image="").reset_index(drop=True)
-
-
-def find_queries(folder: str | Path, split: str, kind: str = "") -> Path | None:
-    """Path of a run's queries, or of their sums by identity in an exported run; None where there are neither."""
-    return next(filter(Path.is_file, _paths(folder, split, kind)), None)
-
-
-def _paths(folder: str | Path, split: str, kind: str) -> list[Path]:
-    name = f"{split}{'-' * bool(kind)}{kind}.csv"
-    return [Path(folder) / f"{_QUERIES}{name}", Path(folder) / f"{_IDENTITIES}{name}"]
 
 
 def run_folders(results: str | Path, points: bool = False) -> list[Path]:
@@ -140,10 +215,9 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
     ceiling: dict[str, Level] = {}
     names = start_names(results)
     for folder in run_folders(results):
-        path = folder / f"evaluation-{split}.json"
-        if not path.is_file():
+        record = finished_evaluation(folder, split)
+        if not record:
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
         forward = [m for m in record["metrics"] if m["direction"] == TEXT_TO_IMAGE]
         known.setdefault(CHANCE, {m["metric"]: (m["chance"], None, None) for m in forward})
         start = [m for m in record.get("zero_shot", ()) if m["direction"] == TEXT_TO_IMAGE]
@@ -153,40 +227,80 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
     return known | ({CEILING: ceiling} if ceiling else {})
 
 
-def export_results(results: str | Path, target: str | Path) -> None:
+def export_results(results: str | Path, target: str | Path) -> list[Path]:
     """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
 
     What `target` holds already stays, so that results may come from several places. Evaluations on other domains
     (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of each starting weights only
     the first queries are kept, rows before points, and a data folder in the project loses the path of the project.
     `python -m fmfa.results runs/standard data/results/standard` makes the committed tables.
+
+    Returns:
+        The folders written, one per run.
+
+    Raises:
+        ConfigError: no run in the folder, an evaluation that did not finish, or a target that is the folder itself or
+            cannot be written.
     """
-    for run in run_folders(results, points=True):
-        folder = Path(target) / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (path for pattern in EXPORTED for path in run.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-        record = read_record(run)
-        root = Path(record.get("config", {}).get("root", ""))
-        if root.is_relative_to(PROJECT):
-            record["config"]["root"] = str(root.relative_to(PROJECT))
-            write_json(folder / RECORD, record)
-        for path in sorted(run.glob(f"{_QUERIES}*.csv")):
-            queries = pd.read_csv(path).dropna(subset=["R@1"]).groupby("identity", sort=False)
-            sums = queries[list(METRICS)].sum()
-            sums.insert(0, "queries", queries.size())
-            sums.to_csv(folder / path.name.replace(_QUERIES, _IDENTITIES, 1), float_format="%.5g")
-    _keep_one_start(target)
-    for other in sorted(Path(results).glob("on-*")):
-        export_results(other, Path(target) / other.name)
+    results, target = Path(results), Path(target)
+    others = [other for other in sorted(results.glob("on-*")) if run_folders(other)]
+    runs = run_folders(results, points=True)
+    if not runs and not others:
+        raise ConfigError(f"{results} holds no run; expected a folder with one folder per run, as `make study` writes")
+    if results.resolve() == target.resolve():
+        raise ConfigError(f"{target} is the folder that is copied; give another one")
+    with said_plainly(f"{target} cannot be written"):
+        for run in runs:
+            _export_run(run, target / run.name)
+        _keep_one_start(target)
+    return [*(target / run.name for run in runs), *(f for o in others for f in export_results(o, target / o.name))]
 
 
-def _keep_one_start(results: str | Path) -> None:
+def _export_run(run: Path, folder: Path) -> None:
+    paths = [*run.glob(f"{_EVALUATION}-*.json"), *run.glob(f"{_QUERIES}-*.csv")]
+    names = (path.stem.split("-", 1)[1].removesuffix("-shuffled").removesuffix(f"-{ZERO_SHOT}") for path in paths)
+    evaluations = {split: read_evaluation(run, split) for split in sorted(set(names))}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in filter(lambda name: (run / name).is_file(), (RECORD, METRICS_FILE)):
+        _copy(run / name, folder)
+    record = read_record(run)
+    root = Path(record.get("config", {}).get("root", ""))
+    if root.is_relative_to(PROJECT):
+        record["config"]["root"] = str(root.relative_to(PROJECT))
+        write_json(folder / RECORD, record)
+    for split, evaluation in evaluations.items():
+        names = [_sum_by_identity(run / name, folder) if name.startswith(_QUERIES) else _copy(run / name, folder)
+                 for name in evaluation["files"]]  # fmt: skip
+        _list_files(folder, split, evaluation, names)
+
+
+def _copy(path: Path, folder: Path) -> str:
+    with whole_file(folder / path.name) as temporary:
+        shutil.copyfile(path, temporary)
+    return path.name
+
+
+def _sum_by_identity(path: Path, folder: Path) -> str:
+    queries = pd.read_csv(path).dropna(subset=["R@1"]).groupby("identity", sort=False)
+    sums = queries[list(METRICS)].sum()
+    sums.insert(0, "queries", queries.size())
+    name = path.name.replace(_QUERIES, _IDENTITIES, 1)
+    with whole_file(folder / name) as temporary:
+        sums.to_csv(temporary, float_format="%.5g")
+    return name
+
+
+def _keep_one_start(results: Path) -> None:
     """Delete all but the first exported queries of each starting weights and split, and those of random weights."""
     names, seen = start_names(results), set()
     for folder in sorted(run_folders(results, points=True), key=lambda folder: is_point(folder.name)):
-        for path in folder.glob(f"{_IDENTITIES}*{ZERO_SHOT}.csv"):
-            start = names.get(folder), path.name
-            if folder not in names or start in seen:
-                path.unlink()
-            seen.add(start)
+        for path in sorted(folder.glob(f"{_EVALUATION}-*.json")):
+            split = path.stem.removeprefix(f"{_EVALUATION}-")
+            start = find_queries(folder, split, ZERO_SHOT)
+            if start is None:
+                continue
+            if folder not in names or (names[folder], split) in seen:
+                record = read_evaluation(folder, split)
+                _list_files(folder, split, record, [name for name in record["files"] if name != start.name])
+                start.unlink()
+            seen.add((names.get(folder), split))

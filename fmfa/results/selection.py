@@ -7,7 +7,7 @@ import pandas as pd
 
 from fmfa.data.annotations import Dataset
 from fmfa.records import read_record
-from fmfa.results.files import EPOCHS, row_and_seed, run_folders
+from fmfa.results.files import find_table, row_and_seed, run_folders
 from fmfa.results.names import dataset_label, trained_on
 from fmfa.results.rows import Rows, read_rows
 from fmfa.systems import load_system
@@ -49,24 +49,25 @@ def selection_table(results: str | Path, split: str = "test", seed: int = 0, hal
     return pd.DataFrame(lines)
 
 
-def save_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "cpu") -> None:
-    """Score every epoch that a run kept (`keep_epochs`) on a split of its own data set: `epochs-SPLIT.csv`.
+def score_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "cpu") -> pd.DataFrame:
+    """Score every epoch that a run kept (`keep_epochs`) on a split of its own data set, for `epochs_table` alone.
 
-    One line an identity: the number of its queries, and for every epoch how many found it first; only `epochs_table`
-    reads it. Nothing is written for a run that has not kept all its epochs, or on another data set than the run's own.
+    Returns:
+        One line per identity: `identity`, `queries` (their number), and for every epoch how many of them found the
+        identity first. Empty for a run that has not kept all its epochs, or on another data set than the run's own.
 
     Raises:
         CheckpointError: the weights of an epoch cannot be read.
     """
     checkpoints, own = epoch_checkpoints(run), trained_on(run) == dataset_label(dataset)
-    if not (checkpoints and own and len(checkpoints) == read_record(run)["config"]["epochs"]):
-        return
     table = pd.DataFrame()
+    if not (checkpoints and own and len(checkpoints) == read_record(run)["config"]["epochs"]):
+        return table
     for epoch, path in checkpoints.items():
         queries = load_system(path / WEIGHTS, device).evaluate(dataset, split).per_query().dropna(subset=["R@1"])
         by_identity = queries.groupby("identity")["R@1"]
         table["queries"], table[str(epoch)] = by_identity.size(), by_identity.sum()
-    table.to_csv(Path(run) / f"{EPOCHS}{split}.csv", float_format="%.5g")
+    return table.reset_index()
 
 
 def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves: int = HALVES) -> pd.DataFrame:
@@ -83,8 +84,8 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
     """
     generator, found = np.random.default_rng(seed), {}
     for folder in run_folders(results):
-        path = folder / f"{EPOCHS}{split}.csv"
-        if path.is_file():
+        path = find_table(folder, split, "epochs")
+        if path:
             found.setdefault(row_and_seed(folder.name)[0], []).append(_epochs(path, folder, generator, halves))
     lines = []
     for row, runs in found.items():

@@ -1,13 +1,15 @@
 """Tables of levels: one system, every run, every row of the study, and what the papers publish."""
 
+import csv
 from pathlib import Path
 
 import pandas as pd
 
 from fmfa.data.annotations import Dataset
+from fmfa.errors import ConfigError
 from fmfa.evaluation import TEXT_TO_IMAGE, Evaluation
 from fmfa.records import read_record
-from fmfa.results.files import CEILING, CHANCE, METRICS, Level, find_queries, read_queries, references, run_folders
+from fmfa.results.files import CEILING, CHANCE, METRICS, Level, read_evaluation, read_queries, references, run_folders
 from fmfa.results.rows import read_rows
 from fmfa.simpedes import is_simpedes, read_dataset_record
 
@@ -49,10 +51,11 @@ def shown(level: Level) -> str:
 
 
 def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
-    """Collect every run under a results folder: name, method, seed, status, best epoch, seconds and metrics in percent.
+    """Collect every run under a results folder: name, method, seed, status, best epoch and metrics in percent.
 
-    Failed, interrupted and unevaluated runs stay in the table, with their status and empty metrics. Chance, the
-    zero-shot level and the ceiling follow with the status "reference".
+    Failed, interrupted and unevaluated runs stay in the table, with their status and empty metrics; of a run whose
+    evaluation did not finish, or was changed since, the status says so. Chance, the zero-shot level and the ceiling
+    follow with the status "reference".
     """
     rows = []
     for folder in run_folders(results, points=True):
@@ -61,8 +64,11 @@ def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
         row = {"run": folder.name, "method": config.get("method"), "preset": config.get("preset"),
                "objectives": config.get("objectives"), "seed": record.get("seed"), "status": record.get("status"),
                "best_epoch": record.get("best_epoch")}  # fmt: skip
-        if find_queries(folder, split):
-            row |= (100 * read_queries(folder, split)[list(METRICS)].mean()).to_dict()
+        try:
+            if read_evaluation(folder, split):
+                row |= (100 * read_queries(folder, split)[list(METRICS)].mean()).to_dict()
+        except ConfigError as error:
+            row["status"] = f"{row['status']}; left out: {error}"
         rows.append(row)
     for name, levels in references(results, split).items():
         rows.append({"run": name, "status": "reference"} | {metric: level[0] for metric, level in levels.items()})
@@ -104,8 +110,8 @@ def tuning_table(results: str | Path) -> pd.DataFrame:
 
 
 def published_table() -> pd.DataFrame:
-    """Return R@1 that papers publish on the real data sets, by method and starting weights, with its source."""
-    table = pd.read_csv(PUBLISHED)
+    """Return R@1 that papers publish on the real data sets, by method and starting weights."""
+    table = read_published()
     table = table[~table["method"].str.startswith("ablation")]
     return table.pivot_table(index=["method", "initialisation"], columns="dataset", values="R1", sort=False)
 
@@ -115,6 +121,32 @@ def published_gains(first: str, second: str) -> pd.Series:
 
     Measured by the papers' authors on real data, one run each, and not here. Empty where a method is not listed.
     """
-    r1 = pd.read_csv(PUBLISHED).set_index(["dataset", "initialisation", "method"])["R1"].unstack("method")
+    r1 = read_published().set_index(["dataset", "initialisation", "method"])["R1"].unstack("method")
     known = {first, second} <= set(r1.columns)
     return (r1[first] - r1[second]).dropna().rename("R@1 difference") if known else pd.Series(dtype=float)
+
+
+def read_published() -> pd.DataFrame:
+    """Read `data/published.csv`: dataset, method, initialisation and R1 (percent).
+
+    Raises:
+        ConfigError: the file is missing or no CSV; a column is missing; a name is empty, a line is there twice, or R1
+            is no percentage.
+    """
+    names = ["dataset", "method", "initialisation"]
+    try:
+        with PUBLISHED.open(encoding="utf-8", newline="") as file:
+            table = pd.DataFrame(csv.DictReader(file, restkey="more", restval="", strict=True))
+        long = table["more"].notna() if "more" in table else False
+        table = table[[*names, "R1"]]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise ConfigError(f"{PUBLISHED} cannot be read as a table of {', '.join(names)} and R1 ({error})") from error
+    table["R1"] = pd.to_numeric(table["R1"], errors="coerce")
+    named = table[names].map(str.strip).ne("").all(axis=1)
+    wrong = long | ~named | ~table["R1"].between(0, 100) | table.duplicated(names)
+    if wrong.any() or table.empty:
+        raise ConfigError(
+            f"{PUBLISHED}, entry {int(wrong.argmax()) + 1 if len(wrong) else 1}: expected {', '.join(names)}, each "
+            "combination once, R1 from 0 to 100, and no more columns than in the first line"
+        )
+    return table
