@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -204,8 +205,46 @@ def test_an_image_in_train_and_test_is_fatal(cuhk, tmp_path):
         1,
         "cam0/00001_0.png (train, test). No model may be tested on what it was trained on.",
     )
-    assert row(report, "images named by two identities")[:2] == ("warning", 1)
+    assert row(report, "images named by two identities")[:2] == ("fatal", 1)
     assert "cam0/00001_0.png (1, 10)" in row(report, "images named by two identities")[2]
+
+
+@pytest.mark.parametrize("position", [0, -3, -1], ids=["train", "val", "test"])
+def test_a_picture_of_two_people_is_fatal_in_any_split(cuhk, tmp_path, position):
+    def list_twice(records):
+        return [*records, {**records[position], "id": 77, "captions": ["another person"]}]
+
+    copy_with(cuhk, tmp_path, list_twice)
+    report = check(tmp_path, decode=False)  # as training looks at the data
+    assert report.fatal
+    assert row(report, "images named by two identities")[:2] == ("fatal", 1)
+    assert ", 77)" in row(report, "images named by two identities")[2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_copies_of_pictures_are_found_by_their_pixels(cuhk, tmp_path, workers):
+    copy_with(cuhk, tmp_path, lambda records: records)
+    folder = tmp_path / "imgs"
+    (folder / "cam1" / "00001_1.png").write_bytes((folder / "cam0" / "00001_0.png").read_bytes())
+    Image.open(folder / "cam0" / "00002_0.png").save(folder / "cam1" / "00003_1.png", compress_level=0)
+    for name in ("cam0/00007_0.png", "cam0/00008_0.png", "cam1/00009_1.png", "cam0/00010_0.png"):
+        (folder / name).write_bytes((folder / "cam0" / "00006_0.png").read_bytes())
+    report = check(tmp_path, workers=workers)
+    assert not report.fatal
+    assert row(report, "identical pictures within a split") == (
+        "warning",
+        2,
+        "cam0/00001_0.png (train, identity 1) = cam1/00001_1.png (train, identity 1); "
+        "cam0/00002_0.png (train, identity 2) = cam1/00003_1.png (train, identity 3). "
+        "Keep one of each; where the identities differ, one of them is wrong.",
+    )
+    severity, count, detail = row(report, "identical pictures in two splits")
+    assert (severity, count) == ("warning", 1)
+    assert detail.startswith(
+        "cam0/00006_0.png (train, identity 6) = cam0/00007_0.png (val, identity 7) = "
+        "cam0/00008_0.png (val, identity 8) = 2 more."
+    )
+    assert row(check(tmp_path, decode=False), "identical pictures")[:2] == ("note", 0)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +329,7 @@ def test_a_decoding_process_that_dies_is_an_image_error(cuhk, monkeypatch):
     def dies(images, chunk):
         raise TerminatedWorkerError("killed")
 
-    monkeypatch.setattr(pictures, "_faults", dies)
+    monkeypatch.setattr(pictures, "_decode", dies)
     with pytest.raises(ImageError, match="workers=1"):
         check(cuhk, workers=1)
 
@@ -306,6 +345,42 @@ def test_command_line(cuhk, tmp_path, capsys):
     assert main([str(tmp_path), "--drop-empty-captions"]) == 0
     assert main([str(tmp_path / "none")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], [""], ["  "]])
+def test_without_a_folder_the_command_line_tells_its_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("usage: python -m fmfa.check")
+    assert "give the folder of the data set" in told
+
+
+@pytest.mark.parametrize(
+    "name", ["picture.png", "data.zip", "nothing", "a" * 300, "a\0b", "loop", "pipe", "folder.json"]
+)
+def test_a_root_that_is_no_data_set_is_said_in_a_sentence(tmp_path, name, capsys):
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    (tmp_path / "data.zip").write_bytes(b"PK\3\4" + bytes(range(256)))
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.json").mkdir()
+    assert main([str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.startswith("The data set cannot be checked: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("place", ["", "reid_raw.json"])
+def test_an_unreadable_root_is_said_in_a_sentence(cuhk, tmp_path, place, capsys):
+    copy_with(cuhk, tmp_path / "data", lambda records: records)
+    locked = tmp_path / "data" / place
+    locked.chmod(0)
+    try:
+        assert main([str(tmp_path / "data")]) == 2
+    finally:
+        locked.chmod(0o755)
+    assert "ermission denied" in capsys.readouterr().err
 
 
 def test_command_line_from_a_shell(tmp_path):

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from fmfa.check.content import check_captions, check_counts, check_identities
 from fmfa.check.pictures import check_pictures
 from fmfa.check.report import CheckReport, collect
@@ -32,13 +30,14 @@ def check_dataset(
         context_length: positions of the text encoder, start and end included. Words are counted against it,
             so that only captions which are too long for any tokenizer are found.
         tokenizer: finds all captions that it would cut, at its own context length.
-        decode: decode every picture in full. Without it only the presence of the files is looked at, and a
-            note says so.
+        decode: decode every picture in full, and compare them. Without it only the presence of the files is looked
+            at, and notes say so.
         workers: processes that decode; None for one a processor.
         progress: show a progress bar.
 
     Fatal are: a missing image folder, missing or unreadable pictures, links out of the folder, empty
-    captions, and identities or images shared between train and test.
+    captions, a picture listed for two people, and identities or images shared between train and test. Copies of a
+    picture under other names are found by their pixels and are warnings.
 
     Raises:
         ConfigError: `workers` or `context_length` is not positive.
@@ -48,11 +47,10 @@ def check_dataset(
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; expected 1 or more")
     table = dataset.table
-    pictures = pd.Series(table["image"].unique())
     return collect(
         dataset.name,
         [
-            *check_pictures(dataset.images, pictures, decode, workers, progress),
+            *check_pictures(dataset.images, table, decode, workers, progress),
             *check_captions(table, context_length, tokenizer),
             *check_identities(table),
             *check_counts(dataset.name, table),

@@ -9,15 +9,21 @@ from fmfa.errors import FmfaError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print table and verdict; returns 0, 1 when something is fatal, 2 when nothing could be checked."""
+    """Print table and verdict; returns 0, 1 when something is fatal, 2 when nothing could be checked.
+
+    Raises:
+        SystemExit: wrong arguments (status 2), or `--help`.
+    """
     parser = argparse.ArgumentParser(prog="python -m fmfa.check", description="Check a data set before training.")
-    parser.add_argument("root", help="annotation file, or the folder that holds it")
+    parser.add_argument("root", nargs="?", default="", help="annotation file, or the folder that holds it")
     parser.add_argument("--name", help="CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES, or one's own")
     parser.add_argument("--images", help="image folder (default: imgs beside the annotation file)")
     parser.add_argument("--context-length", type=int, default=77, help="text positions of the model (default: 77)")
     parser.add_argument("--drop-empty-captions", action="store_true", help="leave captions without a word out")
     parser.add_argument("--workers", type=int, help="processes that decode pictures (default: one a processor)")
     options = parser.parse_args(arguments)
+    if not options.root.strip():
+        parser.error("give the folder of the data set or its annotation file, such as /data/CUHK-PEDES")
     try:
         dataset = read_dataset(
             options.root,

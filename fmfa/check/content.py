@@ -85,9 +85,10 @@ def check_identities(table: pd.DataFrame) -> Iterator[Finding]:
     names = names[names["image"].duplicated(keep=False)].groupby("image")["identity"].agg(list)
     yield finding(
         "images named by two identities",
-        "warning",
+        "fatal",
         (f"{image} ({', '.join(map(str, identities))})" for image, identities in names.items()),
         "none",
+        "List each picture for the one person whom it shows",
     )
 
 

@@ -1,5 +1,6 @@
-"""Looking at every picture of a data set: is it there, does it stay inside the folder, does it decode."""
+"""Looking at every picture of a data set: is it there, does it stay inside the folder, does it decode, is it unique."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ _WORTH_PROCESSES = 1000
 
 
 def check_pictures(
-    folder: Path, relative: pd.Series, decode: bool, workers: int | None, progress: bool
+    folder: Path, table: pd.DataFrame, decode: bool, workers: int | None, progress: bool
 ) -> Iterator[Finding]:
-    """Yield findings on the pictures `relative` (paths, each once) of the image folder `folder`."""
-    if not folder.is_dir():
+    """Yield findings on the pictures of the image folder `folder` that a data set's table names."""
+    if not os.path.isdir(folder):
         yield (
             "image folder",
             "fatal",
@@ -30,6 +31,7 @@ def check_pictures(
         )
         return
     yield "image folder", "ok", 0, str(folder)
+    relative = pd.Series(table["image"].unique())
     found = find_pictures(folder, relative)
     folders = relative.str.rpartition("/")[0]
     sizes = folders.value_counts()
@@ -52,11 +54,14 @@ def check_pictures(
     advice = "Copy the pictures, or make the image folder itself the link"
     yield finding("links out of the image folder", "fatal", outside, "none", advice)
     present = relative[~found["missing"] & ~found["outside"]].tolist()
-    if decode:
-        faults = unreadable(folder, present, workers, progress)
-        yield finding("unreadable pictures", "fatal", faults, f"all {len(present):,} decode in full")
-    else:
+    if not decode:
         yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
+        yield "identical pictures", "note", 0, "pictures were not decoded, and so not compared with each other"
+        return
+    decoded = decode_pictures(folder, present, workers, progress)
+    faults = decoded["fault"].dropna()
+    yield finding("unreadable pictures", "fatal", faults, f"all {len(present):,} decode in full")
+    yield from _identical(table, decoded["pixels"].dropna())
 
 
 def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
@@ -91,8 +96,8 @@ def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
     return states
 
 
-def unreadable(images: Path, relative: list[str], workers: int | None, progress: bool) -> list[str]:
-    """Decode every picture in full, in parallel processes, and say what is wrong with those that fail.
+def decode_pictures(images: Path, relative: list[str], workers: int | None, progress: bool) -> pd.DataFrame:
+    """Decode every picture in full, in parallel processes.
 
     Args:
         images: the image folder.
@@ -102,7 +107,8 @@ def unreadable(images: Path, relative: list[str], workers: int | None, progress:
         progress: show a bar.
 
     Returns:
-        One sentence a damaged picture, in the order of `relative`, beginning with its path.
+        One row per picture, with the paths as index. `fault`: why it cannot be read, a sentence that begins with its
+        path; `pixels`: a hash of its size and RGB pixels. One of the two is None.
 
     Raises:
         ImageError: a decoding process died.
@@ -110,29 +116,47 @@ def unreadable(images: Path, relative: list[str], workers: int | None, progress:
     if workers is None:
         workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
     chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
-    faults = []
-    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_faults)(images, chunk) for chunk in chunks)
+    rows = []
+    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_decode)(images, chunk) for chunk in chunks)
     with progress_bar(len(relative), "decoding", "pictures", shown=progress) as bar:
         try:
             for chunk, found in zip(chunks, jobs):
-                faults += found
+                rows += found
                 bar.update(len(chunk))
         except TerminatedWorkerError:
             raise ImageError(
                 f"a process that decoded pictures of {images} died; check again with more memory, or with "
                 "workers=1 to see at which picture"
             ) from None
-    return faults
+    return pd.DataFrame(rows, index=relative, columns=["fault", "pixels"], dtype=object)
 
 
-def _faults(images: Path, relative: list[str]) -> list[str]:
-    faults = []
+def _decode(images: Path, relative: list[str]) -> list[tuple[str | None, bytes | None]]:
+    rows = []
     for path in relative:
         try:
-            load_image(images / path)
+            picture = load_image(images / path)
         except ImageError as error:
-            faults.append(str(error).replace(f"{images}{os.sep}", "", 1))
-    return faults
+            rows.append((str(error).replace(f"{images}{os.sep}", "", 1), None))
+        else:
+            digest = hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16)
+            rows.append((None, digest.digest()))
+    return rows
+
+
+def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
+    """Findings on pictures of the same pixels under different names, within and across splits."""
+    copies = table.drop_duplicates("image").assign(pixels=table["image"].map(pixels)).dropna(subset="pixels")
+    copies = copies[copies["pixels"].duplicated(keep=False)]
+    within, across = [], []
+    for _, rows in copies.groupby("pixels", sort=False):
+        several = rows["split"].nunique() > 1
+        shown = [f"{row.image} ({row.split}, identity {row.identity})" for row in rows[:EXAMPLES].itertuples()]
+        more = [f"{len(rows) - EXAMPLES:,} more"] if len(rows) > EXAMPLES else []
+        (across if several else within).append(" = ".join(shown + more))
+    advice = "Keep one of each; where the identities differ, one of them is wrong"
+    yield finding("identical pictures within a split", "warning", within, "none", advice)
+    yield finding("identical pictures in two splits", "warning", across, "none", advice)
 
 
 def _stays_inside(images: Path, relative: str) -> bool:
