@@ -3,6 +3,7 @@
 import ast
 import io
 import math
+import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -84,7 +85,8 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
     Elements of a list are converted to the type of the default's first element, where there is one.
 
     Raises:
-        ConfigError: the value does not have the declared type and is no text of it, or is not finite.
+        ConfigError: the value does not have the declared type and is no text of it, is not finite, or holds half a
+            surrogate pair (as a shell gives bytes that are not UTF-8), which no record can take.
     """
     kind = parameter.type
     if type(value) is str and kind is not str:
@@ -93,6 +95,8 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise _mismatch(parameter, value)
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise ConfigError(f"{parameter.name} is {value!r}, which is not valid Unicode: {parameter.help}")
     if kind is list and parameter.default:
         element = Parameter(f"{parameter.name}[]", type(parameter.default[0]), "", parameter.help)
         return [convert_value(element, item) for item in value]

@@ -129,6 +129,11 @@ def test_values_of_another_type_are_refused(kind, default, value):
         convert_value(Parameter("name", kind, default, "what it does"), value)
 
 
+def test_bytes_that_are_not_utf8_are_refused():
+    with pytest.raises(ConfigError, match=r"name is 'caf\\udce9', which is not valid Unicode: what it does"):
+        convert_value(Parameter("name", str, "", "what it does"), b"caf\xe9".decode(errors="surrogateescape"))
+
+
 def test_unknown_names_are_refused_with_the_valid_ones():
     declared = read_parameters(CELL)
     assert resolve_parameters(declared, {"epochs": "9"})["epochs"] == 9

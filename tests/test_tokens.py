@@ -1,3 +1,8 @@
+import random
+import time
+from difflib import SequenceMatcher
+from string import ascii_lowercase
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,6 +10,7 @@ from hypothesis import strategies as st
 from open_clip import SimpleTokenizer
 
 from fmfa.errors import ConfigError
+from fmfa.text import cleaning
 from fmfa.text.cleaning import clean_caption, cleaned_with_origin
 from fmfa.text.tokens import clip_tokenizer, phrase_tokens, small_tokenizer, train_small_vocabulary
 
@@ -163,6 +169,72 @@ def test_origin_of_changed_lengths():
     assert cleaned_with_origin("a \t&lt;b") == ("a <b", [(0, 1), (1, 3), (3, 7), (7, 8)])
     assert cleaned_with_origin("\ufb01x") == ("fix", [(0, 1), (0, 1), (1, 2)])
     assert cleaned_with_origin("x\x00y") == ("xy", [(0, 1), (2, 3)])
+
+
+# Texts that cleaning makes longer or shorter.
+REPAIRED = ["&amp;", "&eacute;", "&CounterClockwiseContourIntegral;", "e\u0301", "Ã©", "â€™", "ﬃ", "\x00", "\x1b[0m"]
+
+
+def difflib_alignment(old, new, window):
+    """What `_chunk_alignment` gives for ordinary texts, by one comparison of the whole."""
+    if len(old) == len(new):
+        return [(i, i + 1) for i in range(len(old))]
+    spans = []
+    for operation, i1, i2, j1, j2 in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if operation == "equal":
+            spans += [(i, i + 1) for i in range(i1, i2)]
+        elif operation == "replace":
+            spans += [(i1, i2)] * (j2 - j1)
+        elif operation == "insert":
+            spans += [(max(i1 - 1, 0), max(i1, 1))] * (j2 - j1)
+    return spans
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*REPAIRED, "a", "ab", " ", "&nbsp;", "word", "ý"]) | st.text(max_size=3), max_size=20))
+def test_origins_of_ordinary_captions_are_difflibs(parts):
+    caption = "".join(parts)
+    found = cleaned_with_origin(caption)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleaning, "_chunk_alignment", difflib_alignment)
+        assert found == cleaned_with_origin(caption)
+
+
+def test_origins_in_long_words_are_difflibs_but_for_few():
+    generator = random.Random(0)
+    differ = total = 0
+    for _ in range(20):
+        letters = (generator.choice(REPAIRED if generator.random() < 0.03 else ascii_lowercase) for _ in range(1500))
+        old = "".join(letters)
+        new = cleaning._repair(old)
+        spans = cleaning._chunk_alignment(old, new, cleaning._WINDOW)
+        differ += sum(a != b for a, b in zip(spans, difflib_alignment(old, new, 0), strict=True))
+        total += len(spans)
+    assert differ < total / 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([*REPAIRED, "a", "bc", "&lt;", "1"]), min_size=1, max_size=60), st.integers(2, 40))
+def test_origins_in_windows_are_spans_in_order(parts, window):
+    old = "".join(parts)
+    new = cleaning._repair(old)
+    spans = cleaning._chunk_alignment(old, new, window)
+    assert len(spans) == len(new)
+    assert all(0 <= start < end <= len(old) for start, end in spans)
+    assert [start for start, _ in spans] == sorted(start for start, _ in spans)
+    assert [end for _, end in spans] == sorted(end for _, end in spans)
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [("a", 1), ("e\u0301", 1), ("ab&eacute;", 1), ("donâ€™t", 40), ("a\u0301\u0302\u0323", 80), ("\x1b[", 1)],
+)
+def test_any_caption_is_read_in_bounded_time(unit, words):
+    word = (unit * 20_000)[: 20_000 // words] + "&amp;é"
+    caption = " ".join([word] * words)
+    started = time.process_time()
+    assert len(clip_tokenizer().offsets(caption)) == 77
+    assert time.process_time() - started < 8  # comparing whole words takes up to minutes
 
 
 @settings(max_examples=200, deadline=None)

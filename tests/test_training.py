@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,19 @@ def test_training_refuses_what_the_data_check_calls_fatal(tmp_path):
     (tmp_path / "3.png").unlink()
     with pytest.raises(TrainingError, match=r"cannot be used for training.*3\.png"):
         train(toy_config(), ToyModel(), dataset, TOKENIZER, tmp_path / "run")
+
+
+def test_training_prints_the_data_checks_warnings_once(tmp_path, monkeypatch, capsys):
+    dataset = write_pairs(tmp_path)
+    captions = dataset.table["caption"].mask(dataset.table.index == 3, "这名年轻女子穿着一件鲜艳的红色羽绒服" * 3)
+    dataset = replace(dataset, table=dataset.table.assign(caption=captions))
+    monkeypatch.setattr("fmfa.training.fit", lambda *_, **__: None)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        train(toy_config(), ToyModel(), dataset, TOKENIZER, tmp_path / "run")
+        cut = [line for line in capsys.readouterr().out.splitlines() if "longer than the context" in line]
+        assert len(cut) == lines
+        assert all(line.startswith("warning: ") and f"the {TOKENIZER.context_length} positions" in line for line in cut)
 
 
 def test_the_bytes_depend_on_the_seed(whole, tmp_path):

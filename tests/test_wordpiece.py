@@ -92,6 +92,12 @@ def test_a_vocabulary_file_by_path(vocab_file):
     assert wordpiece_tokenizer(str(vocab_file), context_length=5)(TABLE["texts"]).shape == (3, 5)
 
 
+def test_half_a_surrogate_pair_is_read_as_nothing(vocab_file):
+    tokenizer = wordpiece_tokenizer(vocab_file)
+    assert tokenizer(["a \ud800 bag"]).equal(tokenizer(["a bag"]))
+    assert tokenizer.offsets("a\udfff bag")[1:] == [(0, 1), (3, 6)]
+
+
 def test_a_name_without_network_says_what_to_give_instead(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"bert-nowhere.*path of a local vocab\.txt"):

@@ -17,7 +17,6 @@ __all__ = ["CheckReport", "check_dataset"]
 def check_dataset(
     dataset: Dataset,
     *,
-    context_length: int = 77,
     tokenizer: "Tokenizer | None" = None,
     decode: bool = True,
     workers: int | None = None,
@@ -27,9 +26,8 @@ def check_dataset(
 
     Args:
         dataset: what `read_dataset` returned.
-        context_length: positions of the text encoder, start and end included. Words are counted against it,
-            so that only captions which are too long for any tokenizer are found.
-        tokenizer: finds all captions that it would cut, at its own context length.
+        tokenizer: whose tokens and context decide which captions are cut; None for CLIP's, on SimPEDES the one of the
+            tiny CLIP.
         decode: decode every picture in full, and compare them. Without it only the presence of the files is looked
             at, and notes say so.
         workers: processes that decode; None for one a processor.
@@ -40,20 +38,25 @@ def check_dataset(
     picture under other names are found by their pixels and are warnings.
 
     Raises:
-        ConfigError: `workers` or `context_length` is not positive.
+        ConfigError: `workers` is not positive.
         ImageError: a decoding process died.
     """
-    for name, value in (("workers", workers), ("context_length", context_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; expected 1 or more")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; expected 1 or more")
     table = dataset.table
     return collect(
         dataset.name,
         [
             *check_pictures(dataset.images, table, decode, workers, progress),
-            *check_captions(table, context_length, tokenizer),
+            *check_captions(table, tokenizer or _usual_tokenizer(dataset)),
             *check_identities(table),
             *check_counts(dataset.name, table),
             *(("reading", "note", 0, note) for note in dataset.notes),
         ],
     )
+
+
+def _usual_tokenizer(dataset: Dataset) -> "Tokenizer":
+    from fmfa.text.tokens import clip_tokenizer, small_tokenizer
+
+    return small_tokenizer() if dataset.name.startswith("SimPEDES") else clip_tokenizer()

@@ -18,7 +18,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("root", nargs="?", default="", help="annotation file, or the folder that holds it")
     parser.add_argument("--name", help="CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES, or one's own")
     parser.add_argument("--images", help="image folder (default: imgs beside the annotation file)")
-    parser.add_argument("--context-length", type=int, default=77, help="text positions of the model (default: 77)")
     parser.add_argument("--drop-empty-captions", action="store_true", help="leave captions without a word out")
     parser.add_argument("--workers", type=int, help="processes that decode pictures (default: one a processor)")
     options = parser.parse_args(arguments)
@@ -31,12 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             images=options.images,
             drop_empty_captions=options.drop_empty_captions,
         )
-        report = check_dataset(
-            dataset,
-            context_length=options.context_length,
-            workers=options.workers,
-            progress=sys.stderr.isatty(),
-        )
+        report = check_dataset(dataset, workers=options.workers, progress=sys.stderr.isatty())
     except FmfaError as error:
         print(f"The data set cannot be checked: {error}", file=sys.stderr)
         return 2

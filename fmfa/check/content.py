@@ -32,8 +32,8 @@ Zhu et al., ACM MM 2021 (five images an identity, two captions an image); the ol
 """
 
 
-def check_captions(table: pd.DataFrame, context_length: int, tokenizer: "Tokenizer | None") -> Iterator[Finding]:
-    """Yield findings on captions: without a word, cut by the context, shared between identities."""
+def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Finding]:
+    """Yield findings on captions: without a word, cut by the tokenizer's context, shared between identities."""
     empty = ~table["caption"].str.contains(r"\w")
     yield finding(
         "empty captions",
@@ -42,18 +42,15 @@ def check_captions(table: pd.DataFrame, context_length: int, tokenizer: "Tokeniz
         f"all {len(table):,} captions have words",
         "read_dataset(..., drop_empty_captions=True) leaves them out",
     )
-    texts = pd.Series(table["caption"].unique())
-    if tokenizer is None:
-        long, limit = texts[texts.str.split().str.len() + 2 > context_length], f"{context_length - 2} words"
-    else:
-        cut = [_is_cut(text, tokenizer) for text in texts]
-        long, limit = texts[cut], f"the {tokenizer.context_length} positions of the tokenizer"
+    lengths = pd.Series({caption: tokenizer.length(caption) for caption in table["caption"].unique()})
+    context = f"the {tokenizer.context_length} positions that the tokenizer has"
+    cut = table["caption"].map(lengths) > tokenizer.context_length
     yield finding(
         "captions longer than the context",
         "warning",
-        _places(table[table["caption"].isin(long)]),
-        f"none needs more than {limit}",
-        f"They need more than {limit} and are cut",
+        _places(table[cut]),
+        f"none needs more than {context}, the longest {lengths.max()}",
+        f"They need more than {context}, so their ends are not read; the longest needs {lengths.max()}",
     )
     text = table["caption"].str.strip()
     identities = table[~empty].groupby(text[~empty])["identity"].nunique()
@@ -126,15 +123,6 @@ def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
 
 def _places(rows: pd.DataFrame) -> list[str]:
     return [f"{image} (record {record})" for image, record in zip(rows["image"], rows["record"])]
-
-
-def _is_cut(caption: str, tokenizer: "Tokenizer") -> bool:
-    # A token stands for a byte or more, so short captions need not be encoded.
-    if caption.isascii() and len(caption) + 2 <= tokenizer.context_length:
-        return False
-    spans = tokenizer.offsets(caption)
-    ends = [span[1] for span in spans if span]
-    return len(spans) == tokenizer.context_length and bool(caption[max(ends, default=0) :].strip())
 
 
 def _counts(part: pd.DataFrame) -> tuple[int, int, int]:

@@ -98,7 +98,8 @@ def read_records(file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     left out and noted.
 
     Raises:
-        AnnotationError: unreadable, not UTF-8, not JSON or CSV, of another shape, duplicate keys, no records.
+        AnnotationError: unreadable, not UTF-8, not JSON or CSV, of another shape, duplicate keys, half a surrogate
+            pair in any text, no records.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -115,18 +116,8 @@ def read_records(file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     fields = list(dict.fromkeys(chain.from_iterable(records)))
     if len(fields) > _MOST_FIELDS:
         raise AnnotationError(f"{file}: {len(fields)} different field names; expected records of the same fields")
-    refuse_surrogates(fields, file)
     columns = {field: pd.Series([record.get(field) for record in records], dtype=object) for field in fields}
     return pd.DataFrame(columns), notes
-
-
-def refuse_surrogates(texts: list[str], file: Path) -> None:
-    """Raise AnnotationError when a text holds half a surrogate pair, which no file or tokenizer can take."""
-    try:
-        "\n".join(texts).encode()
-    except UnicodeEncodeError as error:
-        bad = next(text for text in texts if re.search("[\ud800-\udfff]", text))
-        raise AnnotationError(f"{file}: {short(bad)} is not valid Unicode ({error.reason}); correct it") from None
 
 
 def _own_name(file: Path) -> str | None:
@@ -144,9 +135,15 @@ def _parse_json(text: str, file: Path):
         return record
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        content = json.loads(text, object_pairs_hook=unique)
+        if r"\ud" in text.lower():  # the only way to half a surrogate pair, which no file and no tokenizer can take
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except AnnotationError:
         raise
+    except UnicodeEncodeError as error:
+        around = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise AnnotationError(f"{file}: {around!r} is not valid Unicode ({error.reason}); correct it") from None
     except RecursionError:
         raise AnnotationError(f"{file}: JSON nested too deeply; expected a list of records") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ from reprlib import repr as short
 import numpy as np
 import pandas as pd
 
-from fmfa.data.annotation_files import SPLITS, dataset_name, find_annotation, read_records, refuse_surrogates
+from fmfa.data.annotation_files import SPLITS, dataset_name, find_annotation, read_records
 from fmfa.data.images import UNSAFE_PATH, unsafe_path
 from fmfa.errors import AnnotationError, ConfigError
 
@@ -140,7 +140,6 @@ def _first_wrong(values: pd.Series, parsed: Iterable, file: Path, expected: str)
 
 def _clean_paths(values: pd.Series, file: Path) -> pd.Series:
     _first_wrong(values, (v if isinstance(v, str) else None for v in values), file, "an image path as text")
-    refuse_surrogates(values.tolist(), file)
     unsafe = values.str.contains(UNSAFE_PATH)
     if unsafe.any():
         record, path = unsafe.idxmax(), values[unsafe.idxmax()]
@@ -185,7 +184,6 @@ def _one_row_a_caption(records: pd.DataFrame, file: Path) -> pd.DataFrame:
     lists = [listed(value) for value in values]
     _first_wrong(values, lists, file, "a caption, or a list of captions, as text")
     texts = [text for captions in lists for text in captions]
-    refuse_surrogates(texts, file)
     lengths = np.array([len(captions) for captions in lists])
     rows = np.repeat(np.arange(len(records)), lengths)
     table = records.take(rows).reset_index(drop=True)

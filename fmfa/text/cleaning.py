@@ -1,7 +1,9 @@
 """CLIP's cleaning of captions, and which characters of a caption each cleaned character came from."""
 
 import html
+import math
 import re
+from collections import Counter
 from difflib import SequenceMatcher
 
 import ftfy
@@ -10,6 +12,8 @@ Span = tuple[int, int]
 
 # Words and gaps. Repairs rarely reach over a gap, so each is aligned by itself.
 _CHUNKS = re.compile(r"\s+|\S+")
+_MOST_MATCHES = 20_000  # pairs of equal characters in chunks that are aligned in one piece; 500 letters of prose
+_WINDOW = 80  # characters of others aligned at a time; the longest entity has 33
 
 
 def clean_caption(caption: str) -> str:
@@ -48,24 +52,42 @@ def _alignment(original: str, repaired: str) -> list[Span]:
     before, after = _CHUNKS.findall(original), _CHUNKS.findall(repaired)
     if [chunk.isspace() for chunk in before] != [chunk.isspace() for chunk in after]:
         before, after = [original], [repaired]
+    changed = [(Counter(old), new) for old, new in zip(before, after) if len(old) != len(new)]
+    matches = sum(counts[character] for counts, new in changed for character in new)
+    window = max(len(original), len(repaired)) if matches <= _MOST_MATCHES else _WINDOW
     spans: list[Span] = []
     start = 0
     for old, new in zip(before, after):
-        spans += [(start + first, start + last) for first, last in _chunk_alignment(old, new)]
+        spans += [(start + first, start + last) for first, last in _chunk_alignment(old, new, window)]
         start += len(old)
     return spans
 
 
-def _chunk_alignment(old: str, new: str) -> list[Span]:
+def _chunk_alignment(old: str, new: str, window: int) -> list[Span]:
+    """As difflib aligns them, at most `window` characters at a time: it can take the cube of their number."""
     if len(old) == len(new):
         return [(i, i + 1) for i in range(len(old))]
     spans: list[Span] = []
-    for operation, i1, i2, j1, j2 in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if operation == "equal":
-            spans += [(i, i + 1) for i in range(i1, i2)]
-        elif operation == "replace":
-            spans += [(i1, i2)] * (j2 - j1)
-        elif operation == "insert":  # belongs to the character before it
-            first = max(i1 - 1, 0)
-            spans += [(first, first + 1)] * (j2 - j1)
+    start = 0
+    while len(spans) < len(new):
+        done = len(spans)
+        share = min(1.0, window / max(len(old) - start, len(new) - done))
+        before = old[start : start + math.ceil(share * (len(old) - start))]
+        after = new[done : done + math.ceil(share * (len(new) - done))]
+        if before.startswith(after):
+            spans += [(start + i, start + i + 1) for i in range(len(after))]
+            start += len(after)
+            continue
+        blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+        if share < 1:  # what matches in the first half is certain; the next window sees more of the second
+            half = len(after) // 2 + 1
+            blocks = [(i, j, min(size, half - j)) for i, j, size in blocks if j < half] or blocks
+        i = j = 0
+        for block_i, block_j, size in blocks:
+            # A gap is replaced by a gap; without one, what is new belongs to the character before it.
+            first, last = (i, block_i) if block_i > i else (i - 1, i)
+            spans += [(max(start + first, 0), max(start + last, 1))] * (block_j - j)
+            i, j = block_i + size, block_j + size
+            spans += [(start + k, start + k + 1) for k in range(block_i, i)]
+        start += i
     return spans

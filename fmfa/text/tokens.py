@@ -46,6 +46,9 @@ class Tokenizer(Protocol):
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids of the captions, int64 [B, L]; byte-pair tokenizers pad every row to the context."""
 
+    def length(self, caption: str) -> int:
+        """Positions that the whole caption needs, start and end included; more than the context are cut."""
+
     def offsets(self, caption: str) -> list[Span | None]:
         """Character span in `caption` of each position up to the last token; None for special tokens."""
 
@@ -88,6 +91,10 @@ class BytePairTokenizer:
             pieces = self._encode(clean_caption(caption))[0].ids[: self.context_length - 2]
             row[: len(pieces) + 2] = torch.tensor([self.start_id, *pieces, self.end_id])
         return ids
+
+    def length(self, caption: str) -> int:
+        """Positions that the whole caption needs, start and end included; more than the context are cut."""
+        return len(self._encode(clean_caption(caption))[0].ids) + 2
 
     def offsets(self, caption: str) -> list[Span | None]:
         """Character span [start, end) in the caption as given, for each position up to the end token.

@@ -1,5 +1,6 @@
 """BERT's WordPiece as IVT feeds it to the network: `[CLS] pieces`, without `[SEP]`."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class WordPieceTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Ids of the captions, int64 [B, longest of the batch], padded with `pad_id`."""
-        rows = [self._ids(encoding) for encoding in self._pieces.encode_batch(list(captions))]
+        rows = [self._ids(encoding) for encoding in self._pieces.encode_batch(list(map(_whole, captions)))]
         ids = torch.full((len(rows), max(map(len, rows), default=1)), self.pad_id, dtype=torch.int64)
         for row, values in zip(ids, rows):
             row[: len(values)] = torch.tensor(values)
@@ -53,9 +54,13 @@ class WordPieceTokenizer:
         """1 where `ids` has a piece, 0 where it is padding; int64, shape of `ids`."""
         return (ids != self.pad_id).long()
 
+    def length(self, caption: str) -> int:
+        """Positions that the whole caption needs, `[CLS]` included; more than the context are cut."""
+        return len(self._pieces.encode(_whole(caption)).ids) + 1
+
     def offsets(self, caption: str) -> list[tuple[int, int] | None]:
         """Character span [start, end) in `caption` of every position of its row; None for `[CLS]`."""
-        return [None, *self._pieces.encode(caption).offsets[: self.context_length - 1]]
+        return [None, *self._pieces.encode(_whole(caption)).offsets[: self.context_length - 1]]
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -122,6 +127,11 @@ def train_wordpiece_vocabulary(captions: Iterable[str], size: int, path: str | P
     pieces.train_from_iterator(captions, trainer)
     vocabulary = pieces.get_vocab()
     Path(path).write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+
+
+def _whole(caption: str) -> str:
+    """The caption with U+FFFD for every half of a surrogate pair, which is no character."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", caption)
 
 
 def _uncased(model: models.WordPiece) -> Pieces:

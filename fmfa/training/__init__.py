@@ -20,7 +20,7 @@ from fmfa.text.tokens import Tokenizer
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
 from fmfa.training.loop import Batches, TrainingLoop
-from fmfa.training.processes import build_accelerator
+from fmfa.training.processes import build_accelerator, launched_rank
 
 CONFIG = "config.json"
 FREE = ("root", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
@@ -101,7 +101,7 @@ def train(
 ) -> Path:
     """Train a model on the training split of a data set, after a look at the data; see `fit`.
 
-    The pictures are not decoded for that look (`fmfa.check` does it), only looked for.
+    The pictures are not decoded for that look (`fmfa.check` does it), only looked for. Its warnings are printed.
 
     Raises:
         TrainingError: the data check calls the data unusable; and what `fit` raises.
@@ -111,6 +111,9 @@ def train(
     if report.fatal:
         details = report.table["detail"][report.table["severity"] == "fatal"]
         raise TrainingError(f"{report.verdict} {' '.join(details)}")
+    if launched_rank() == 0:
+        for row in report.table[report.table["severity"] == "warning"].itertuples():
+            print(f"warning: {row.check}: {row.detail}")
     wanted = getattr(model, "objectives", None)
     reads = {
         "masked": bool(getattr(wanted, "needs_mask", False)),
