@@ -324,6 +324,17 @@ def test_whole_surrogate_pairs_are_characters(tmp_path):
     assert read_dataset(tmp_path).table["caption"].tolist() == ["a \U0001f600 man"]
 
 
+@pytest.mark.parametrize("depth", [30, 1000, 100_000])
+@pytest.mark.parametrize("field", ["file_path", "id", "captions", "split", "att", "record"])
+@pytest.mark.parametrize("layout", ["[{}]", '{{"train": [{}]}}', '{{"train": [], "test": [], "query": [{}]}}'])
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"a": [', "]}")])
+def test_nesting_of_any_depth_is_read_or_refused(tmp_path, depth, field, layout, brackets):
+    text = layout.format(json.dumps(record(**{field: "DEEP"})))
+    (tmp_path / "reid_raw.json").write_text(text.replace('"DEEP"', f"{brackets[0] * depth}1{brackets[1] * depth}"))
+    with suppress(AnnotationError):
+        read_dataset(tmp_path)
+
+
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "reid_raw.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(AnnotationError, match="not UTF-8"):

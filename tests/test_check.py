@@ -404,6 +404,20 @@ def test_an_unreadable_root_is_said_in_a_sentence(cuhk, tmp_path, place, capsys)
     assert "ermission denied" in capsys.readouterr().err
 
 
+def test_a_data_set_is_only_read(cuhk, tmp_path):
+    copy_with(cuhk, tmp_path, lambda records: records)
+    content = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    folders = [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        assert main([str(tmp_path), "--workers", "2"]) == 0
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == content
+
+
 def test_command_line_from_a_shell(tmp_path):
     write_icfg(tmp_path)
     (tmp_path / "imgs" / "cam0" / "00000_0.jpg").write_bytes(b"")
