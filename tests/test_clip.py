@@ -365,6 +365,7 @@ def test_each_difference_between_the_presets_is_switchable_alone():
         ({"tau": 0.0}, "tau is 0.0, expected more than 0"),
         ({"sdm": float("nan")}, "sdm is nan"),
         ({"efa_keep": "="}, "efa_keep is '=', expected one of"),
+        ({"asdm": 0, "id": 0, "irr": 0.0, "efa": 0}, "asdm, id, irr, efa, grounding are all 0: nothing to train"),
     ],
 )
 def test_wrong_objectives_are_errors(override, message):

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from formats import write_cuhk
 from test_ivt_weights import NARROW, UNUSED, released_state
 
 from fmfa import results as study
@@ -20,6 +21,7 @@ from fmfa.records import read_metrics, read_record
 from fmfa.simpedes import generate, read_truth, recipe
 from fmfa.systems import build_system, load_start, load_system, open_training_data, run_training
 from fmfa.systems.budgets import pretraining_table
+from fmfa.systems.clip import TINY_BACKBONE
 from fmfa.systems.ivt import TINY_VOCABULARY
 from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.batches import TableBatches, describe_levels
@@ -59,6 +61,29 @@ def test_shipped_weights_are_found_by_their_path_from_any_folder(root, tmp_path,
     (tmp_path / shipped).write_bytes(b"another file of that name")  # the user's own, nearer
     with pytest.raises(CheckpointError):
         build_system(config, open_training_data(config.resolved()))
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "dataset", "classes"),
+    [
+        ("fmfa", "released", "CUHK-PEDES", "pairs"),
+        ("fmfa", "released", "mine", "pairs"),
+        ("fmfa", "paper", "CUHK-PEDES", "identities"),
+        ("irra", "released", "CUHK-PEDES", "identities"),
+        ("fmfa", "released", "SimPEDES-street", "identities"),
+    ],
+)
+def test_the_released_fmfa_has_a_class_for_each_training_pair(root, tmp_path, method, preset, dataset, classes):
+    write_cuhk(tmp_path, file_name="mine.json" if dataset == "mine" else "reid_raw.json")
+    folder = str(root if dataset == "SimPEDES-street" else tmp_path)
+    small = {"backbone": str(TINY_BACKBONE), "weights": "none", "image_height": 32, "image_width": 16, "stride": 8}
+    config = TrainConfig(method=method, preset=preset, dataset=dataset, root=folder, **small).resolved()
+    data = open_training_data(config)
+    train = data.split("train")
+    expected = {"pairs": len(train), "identities": train["identity"].nunique()}
+    assert expected["pairs"] > expected["identities"]
+    model = build_system(config, data).model
+    assert model.classifier.out_features == expected[classes]
 
 
 @pytest.mark.parametrize(

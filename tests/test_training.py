@@ -1,5 +1,6 @@
 import csv
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from fmfa.models.ivt import IvtRetriever
 from fmfa.records import read_metrics, read_record
 from fmfa.training import train
 from fmfa.training.checkpoints import epoch_checkpoints, find_checkpoint, read_state, selected_checkpoint
+from fmfa.training.config import TrainConfig
 from fmfa.training.gradients import gradient_norms
 from fmfa.training.optimizer import build_optimizer, learning_rate, parameter_groups, rate_factor
 from fmfa.weights.own import read_checkpoint
@@ -449,6 +451,17 @@ def test_the_ivt_schedule_warms_up_to_each_groups_own_rate():
     config = toy_config(schedule="ivt", learning_rate=0.005, epochs=120, warmup_epochs=5)
     assert learning_rate(config, 1, 1.0) == pytest.approx(1.04e-3)
     assert learning_rate(config, 1, 2.0) == pytest.approx(2.04e-3)
+
+
+def test_ivts_released_epochs_run_from_1_to_120_on_cuhk_pedes():
+    released, paper = (
+        TrainConfig(method="ivt", preset=preset, dataset="CUHK-PEDES").resolved() for preset in ("released", "paper")
+    )
+    table = json.loads((HERE / "fixtures" / "schedules.json").read_text())["ivt"]
+    for group, factor in (("weight_group", 1.0), ("bias_group", 2.0)):
+        rates = [learning_rate(released, epoch, factor) for epoch in range(120)]
+        assert rates == pytest.approx(table[group][1:], rel=1e-9)
+        assert [learning_rate(paper, epoch, factor) for epoch in range(120)] == pytest.approx(table[group][:-1])
 
 
 def test_half_precision_on_a_cpu_is_refused_and_bfloat16_runs(tmp_path):

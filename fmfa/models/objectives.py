@@ -9,6 +9,7 @@ from fmfa.losses.efa import COSTS, KEEPS
 METHODS = ("clip", "irra", "fmfa")
 PRESETS = ("paper", "released")
 POSITIONS = ("caption", "all")
+LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa", "grounding")
 
 # Yin et al. 2026: (text-to-joint, vision-to-joint) margins of EFA
 PAPER_MARGINS = {"CUHK-PEDES": (0.1, 0.1), "ICFG-PEDES": (0.2, 1.0), "RSTPReid": (0.2, 0.8)}
@@ -19,7 +20,7 @@ class Objectives:
     """Weights and forms of the losses. A part with weight 0 is switched off, with its head and its cost.
 
     Raises:
-        ConfigError: a value of the wrong type or outside its range.
+        ConfigError: a value of the wrong type or outside its range, or no loss at all.
     """
 
     itc: float = 0.0  # weight of the contrastive loss (InfoNCE)
@@ -58,19 +59,7 @@ class Objectives:
                 raise ConfigError(
                     f"objective {field.name} is {value!r} ({type(value).__name__}), expected {field.type.__name__}"
                 )
-        for name in (
-            "itc",
-            "cmpm",
-            "sdm",
-            "asdm",
-            "id",
-            "irr",
-            "efa",
-            "grounding",
-            "asdm_alpha",
-            "efa_chunk",
-            "irr_heads",
-        ):
+        for name in (*LOSSES, "asdm_alpha", "efa_chunk", "irr_heads"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("tau", "efa_lambda", "grounding_tau", "irr_depth"):
             self._require(name, getattr(self, name) > 0, "more than 0")
@@ -82,6 +71,9 @@ class Objectives:
             ("efa_keep", KEEPS),
         ):
             self._require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+
+        if not any(getattr(self, name) for name in LOSSES):
+            raise ConfigError(f"objectives {', '.join(LOSSES)} are all 0: nothing to train; give one of them a weight")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -16,6 +16,9 @@ ONLY_IVT = ("text_weights", "vocabulary", "mask_image", "mask_text")
 def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
     """The model of a resolved configuration, with random weights.
 
+    The ID loss has one class per training identity. FMFA's release has one per training pair, of which those beyond
+    the identities are never right; so has the preset `released`, but not on SimPEDES.
+
     Raises:
         ConfigError: the parts do not fit, or a setting that belongs to IVT is given.
     """
@@ -23,10 +26,12 @@ def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
         if value := getattr(config, name):
             raise ConfigError(f"{name} is {value!r}, but method {config.method!r} has no such thing: it belongs to ivt")
     backbone = config.backbone or (TINY_BACKBONE if config.dataset.startswith(SIMPEDES) else FULL_BACKBONE)
+    train = dataset.split("train")
+    per_pair = config.method == "fmfa" and config.preset == "released" and not config.dataset.startswith(SIMPEDES)
     return ClipRetriever(
         backbone,
         objectives(config.method, config.preset, config.dataset, **config.objective_overrides()),
-        identities=int(dataset.split("train")["label"].max()) + 1,
+        identities=len(train) if per_pair else int(train["label"].max()) + 1,
         image_size=(config.image_height, config.image_width),
         stride=config.stride,
         seed=config.seed,

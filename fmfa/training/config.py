@@ -62,7 +62,7 @@ class TrainConfig:
     beta2: float = _setting(0.999, "Adam's mean of squared gradients", low=0, high=0.999999)
     momentum: float = _setting(0.9, "of SGD", low=0, high=0.999999)
     factors: str = _setting("", 'rate factors; "" = the preset\'s', choices=("", "irra", "ivt", "flat"))
-    schedule: str = _setting("", '"" = the preset\'s', choices=("", "warmup_cosine", "ivt", "constant"))
+    schedule: str = _setting("", '"" = the preset\'s', choices=("", "warmup_cosine", "ivt", "ivt_from_1", "constant"))
     warmup_epochs: int = _setting(-1, "-1 = the preset's", low=-1)
     warmup_factor: float = _setting(0.1, "first epoch's rate by base rate; not for ivt", low=0, high=1)
     precision: str = _setting("fp32", "of the forward pass", choices=("fp32", "bf16", "fp16"))
@@ -153,9 +153,16 @@ class TrainConfig:
 def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> dict[str, str | int | float]:
     """What the papers and the released code set, by method and data set; SimPEDES has the project's own.
 
-    FMFA: ACM TOMM 22(5), 2026, and its released run, which trains half-precision weights with Adam's
-    eps at 1e-3; `paper` trains in float32 and takes 1e-8. IRRA and the CLIP baseline share FMFA's
-    recipe, so that rows differ by their losses only. IVT: ECCVW 2022, the released fine-tuning.
+    FMFA: ACM TOMM 22(5), 2026. IRRA and the CLIP baseline share its recipe under `paper`, so that rows differ by their
+    losses only. `released` has each release's own: FMFA's has one rate and decay for everything and half the rate,
+    IRRA's (CVPR 2023) the rate and factors of `paper`; CLIP is trained as by IRRA's code. Both train half-precision
+    weights with Adam's eps at 1e-3; `paper` trains in float32 and takes 1e-8.
+
+    IVT: ECCVW 2022, the released fine-tuning under both presets, from epoch 0 with a warm-up that begins at its start.
+    `released` counts epochs on CUHK-PEDES from 1, as the code does there, so that its first rate is 1.04e-3.
+
+    What the releases do and `released` does not: they select the epoch on test, and IVT's code goes on for a 121st
+    epoch at the final rate of 1e-5 on ICFG-PEDES and RSTPReid.
 
     Args:
         method: decides sizes, text levels and token dropping.
@@ -168,7 +175,11 @@ def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> d
     simpedes = dataset.startswith("SimPEDES")
     recipe = recipe or ("ivt" if ivt and not simpedes else "fmfa")
     values = {"recipe": recipe, "image_height": 384, "image_width": 128, "warmup_epochs": 5, "eps": 1e-8}
-    values |= _ivt_recipe(rstp) if recipe == "ivt" else _fmfa_recipe(preset == "paper", dataset)
+    released = preset == "released"
+    if recipe == "ivt":
+        values |= _ivt_recipe(rstp, from_1=released and dataset == "CUHK-PEDES")
+    else:
+        values |= _fmfa_recipe(released, flat=released and method in ("fmfa", "ivt"), icfg=dataset == "ICFG-PEDES")
     values |= {
         "stride": 12 if ivt and not rstp else 16,
         "text_levels": "released" if ivt else "off",
@@ -185,28 +196,28 @@ def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> d
     return values
 
 
-def _ivt_recipe(rstp: bool) -> dict[str, str | int | float]:
+def _ivt_recipe(rstp: bool, *, from_1: bool) -> dict[str, str | int | float]:
     return {
         "optimizer": "sgd",
         "learning_rate": 5e-3,
         "weight_decay": 1e-4,
         "factors": "ivt",
-        "schedule": "ivt",
+        "schedule": "ivt_from_1" if from_1 else "ivt",
         "epochs": 120,
         "batch_size": 48 if rstp else 28,
         "instances": 4,
     }
 
 
-def _fmfa_recipe(paper: bool, dataset: str) -> dict[str, str | int | float]:
+def _fmfa_recipe(released: bool, *, flat: bool, icfg: bool) -> dict[str, str | int | float]:
     return {
         "optimizer": "adam",
-        "learning_rate": 1e-5 if paper else 5e-6,
+        "learning_rate": 5e-6 if flat else 1e-5,
         "weight_decay": 4e-5,
-        "eps": 1e-8 if paper else 1e-3,
-        "factors": "irra" if paper else "flat",
+        "eps": 1e-3 if released else 1e-8,
+        "factors": "flat" if flat else "irra",
         "schedule": "warmup_cosine",
-        "epochs": 100 if paper and dataset == "ICFG-PEDES" else 60,
+        "epochs": 100 if icfg and not released else 60,
         "batch_size": 64,
         "instances": 0,
     }

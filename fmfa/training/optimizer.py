@@ -72,7 +72,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def learning_rate(config: TrainConfig, epoch: int, factor: float = 1.0) -> float:
     """Learning rate of epoch `epoch` (from 0) for a group with `factor`, by the configured schedule."""
     base = config.learning_rate * factor
-    if config.schedule == "ivt":
+    if config.schedule in ("ivt", "ivt_from_1"):
+        epoch += config.schedule == "ivt_from_1"
         return ivt_cosine(epoch, base=base, epochs=config.epochs, warmup_epochs=config.warmup_epochs)
     if config.schedule == "constant":
         return base
