@@ -3,6 +3,7 @@
 import ast
 import io
 import math
+import os
 import re
 import tokenize
 from collections.abc import Mapping
@@ -15,6 +16,12 @@ import nbformat
 import yaml
 
 from fmfa.errors import ConfigError
+
+PROJECT = Path(__file__).parents[1]
+FOLDERS = ("root", "run", "runs", "folder", "results", "tuning", "away")
+"""Parameters that are paths."""
+FILES = ("weights", "text_weights", "backbone", "vocabulary")
+"""Parameters that are paths or names of something that is fetched."""
 
 PLAIN_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list)}
 
@@ -84,6 +91,9 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
     `false`, lists as YAML (`[1, 2]`). Other values must have the type already; an int is taken for a float.
     Elements of a list are converted to the type of the default's first element, where there is one.
 
+    Paths (`FOLDERS`, and of `FILES` what is there) come out absolute: `~` is the user's home, a relative path starts in
+    this process' working folder. A file of the project keeps its path within it, so that records are the same anywhere.
+
     Raises:
         ConfigError: the value does not have the declared type and is no text of it, is not finite, or holds half a
             surrogate pair (as a shell gives bytes that are not UTF-8), which no record can take.
@@ -99,13 +109,12 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
         raise ConfigError(f"{parameter.name} is {value!r}, which is not valid Unicode: {parameter.help}")
     if kind is list and parameter.default:
         element = Parameter(f"{parameter.name}[]", type(parameter.default[0]), "", parameter.help)
-        return [convert_value(element, item) for item in value]
-    return value
+        value = [convert_value(element, item) for item in value]
+    return _absolute(parameter.name, value)
 
 
 def resolve_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
     """The complete parameters of a run: converted `given` values, defaults for the others.
-
     Raises:
         ConfigError: a name that is not declared (the valid ones are listed), or see `convert_value`.
     """
@@ -158,6 +167,19 @@ def check_parameters(
     if missing := [name for name in required if name not in values]:
         raise ConfigError(f"the parameters cell lacks {', '.join(missing)}")
     return config_type(**values)
+
+
+def _absolute(name: str, value: Any) -> Any:
+    if type(value) is list:
+        return [_absolute(name, item) for item in value]
+    if name not in (*FOLDERS, *FILES) or not value or type(value) is not str:
+        return value
+    path = os.path.expanduser(value)
+    if name in FILES:
+        there = os.path.isfile(path) or (os.sep in path and os.path.isdir(path))
+        if not there or os.path.realpath(path) == str(PROJECT / path):
+            return path
+    return os.path.abspath(path)
 
 
 def _read_line(node: ast.stmt, help_text: str) -> Parameter:

@@ -53,7 +53,7 @@ def run_notebook(
         output: where the executed notebook goes (`.ipynb`); folders are made. Kept on failure, up to and
             including the cell that failed.
         parameters: values for the cell tagged `parameters`; see `parameters.convert_value`. Relative paths
-            among them are relative to the notebook's folder.
+            among them start in this process' working folder; those of the defaults in the notebook's folder.
         timeout: seconds that a single cell may take; None for no limit.
         html: export the executed notebook as HTML.
         progress: show papermill's progress bar, and let the notebook show the package's.

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         launched_processes()
         config = TrainConfig(**resolve_parameters(config_parameters(), given_parameters(options)))
         config.resolved()
-    except ConfigError as error:
+    except FmfaError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,8 +9,10 @@ from formats import FORMATS, dump, people, write_cuhk, write_icfg, write_icfg_pr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmfa.data.annotation_files import canonical_name
 from fmfa.data.annotations import read_dataset
 from fmfa.errors import AnnotationError, ConfigError, FmfaError
+from fmfa.simpedes import generate, recipe
 
 COLUMNS = ["image", "identity", "label", "split", "caption", "record"]
 
@@ -71,24 +73,91 @@ def test_file_names_in_the_wild(tmp_path, file_name, name):
 
 
 def test_simpedes_is_known_by_what_lies_beside(tmp_path):
-    dump(tmp_path / "reid_raw.json", [record()])
-    dump(tmp_path / "dataset.json", {})
-    (tmp_path / "truth").mkdir()
-    assert read_dataset(tmp_path).name == "SimPEDES"
+    generate(tmp_path, recipe("tiny", "station", train=2, val=2, test=2, images=1), workers=1, progress=False)
+    for name in ("", "SimPEDES", "simpedes_station"):
+        assert read_dataset(tmp_path, name).name == "SimPEDES-station"
+    for name in ("SimPEDES-street", "CUHK-PEDES", "My shop"):
+        with pytest.raises(AnnotationError, match=rf"of {name}; found reid_raw\.json \(SimPEDES-station\)"):
+            read_dataset(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [
+        ("CUHK-PEDES", ("cuhk", "CUHK_PEDES", "cuhkpedes", " Cuhk Pedes ")),
+        ("ICFG-PEDES", ("icfg", "ICFGPEDES", "icfg-pedes")),
+        ("RSTPReid", ("rstpreid", "RSTP-Reid", "rstp", "RSTP_ReID")),
+        ("SimPEDES-street", ("simpedes_street", "SIMPEDES-STREET", "SimPEDES street")),
+        ("SimPEDES-station", ("simpedes-Station",)),
+        ("My shop", (" My shop",)),
+        ("CUHK03", ("CUHK03",)),
+        ("CUHK-SYSU", ("CUHK-SYSU",)),
+        ("", ("", " ")),
+    ],
+)
+def test_one_canonical_name(name, spellings):
+    for spelling in (name, *spellings):
+        assert canonical_name(spelling) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("RTSPReid", "RSTPReid"), ("IFCG-PEDES", "ICFG-PEDES"), ("CHUK-PEDES", "CUHK-PEDES"), ("SimPEDS-street", "SimP"),
+     ("SimPEDES-strete", "SimPEDES-street"), ("SimPEDES-forest", "known are")],
+)  # fmt: skip
+def test_a_misspelt_name_is_refused(name, meant):
+    with pytest.raises(ConfigError, match=meant):
+        canonical_name(name)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "fits", "contradicts"),
+    [
+        ("reid_raw.json", ("", "cuhk", "My shop"), ("RSTPReid", "ICFG-PEDES", "SimPEDES-street", "SimPEDES")),
+        ("data_captions.json", ("", "RSTP-Reid"), ("CUHK-PEDES", "SimPEDES-street", "My shop")),
+        ("ICFG-PEDES.json", ("", "ICFG"), ("CUHK-PEDES", "SimPEDES-station", "My shop")),
+        ("mine.json", ("", "RSTPReid", "CUHK-PEDES", "My shop"), ("SimPEDES-street", "SimPEDES")),
+    ],
+)
+def test_file_and_name_must_agree(tmp_path, file_name, fits, contradicts):
+    file = dump(tmp_path / file_name, [record()])
+    said = {"reid_raw": "CUHK-PEDES", "data_captions": "RSTPReid"}.get(file.stem, file.stem)
+    for root in (tmp_path, file):
+        for name in fits:
+            assert read_dataset(root, name).name == (canonical_name(name) or said)
+        for name in contradicts:
+            with pytest.raises(AnnotationError, match=rf"no annotation file of {name}.*; found {file_name}"):
+                read_dataset(root, name)
+
+
+def test_the_user_home_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dump(tmp_path / "mine.json", [record()])
+    assert read_dataset("~").images == tmp_path / "imgs"
 
 
 def test_several_files_are_told_apart_by_name(tmp_path):
     dump(tmp_path / "reid_raw.json", [record(captions="from CUHK")])
     dump(tmp_path / "ICFG_PEDES.json", [record(captions="from ICFG")])
-    with pytest.raises(AnnotationError, match=r"ICFG_PEDES\.json, reid_raw\.json"):
+    with pytest.raises(AnnotationError, match=r"ICFG_PEDES\.json .*, reid_raw\.json"):
         read_dataset(tmp_path)
     for name, caption in (("icfg", "from ICFG"), ("CUHK-PEDES", "from CUHK")):
         assert read_dataset(tmp_path, name).table["caption"].tolist() == [caption]
     with pytest.raises(AnnotationError, match="ICFG"):
         read_dataset(tmp_path / "ICFG_PEDES.json", "RSTPReid")
-    dump(tmp_path / "caption_all.json", [record()])
+    dump(tmp_path / "CUHK-PEDES.json", [record()])
     with pytest.raises(AnnotationError, match="several"):
         read_dataset(tmp_path, "CUHK-PEDES")
+
+
+def test_the_owners_file_without_splits(tmp_path):
+    without = {key: value for key, value in record().items() if key != "split"}
+    dump(tmp_path / "caption_all.json", [without])
+    with pytest.raises(AnnotationError, match=r"'split'.*train, val or test.*reid_raw\.json"):
+        read_dataset(tmp_path)
+    dump(tmp_path / "reid_raw.json", [record(captions="with a split")])
+    for name in ("", "CUHK-PEDES", "My shop"):
+        assert read_dataset(tmp_path, name).table["caption"].tolist() == ["with a split"]
 
 
 def test_a_name_that_the_folder_lacks(tmp_path):

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmfa.errors import ConfigError
-from fmfa.training.config import METHODS, TrainConfig
+from fmfa.errors import AnnotationError, ConfigError
+from fmfa.models.objectives import objectives
+from fmfa.training.batches import level_reader
+from fmfa.training.config import METHODS, TrainConfig, preset_values
 
 FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
 
@@ -120,6 +122,64 @@ def test_bad_objectives_are_refused(text):
 def test_presets_are_the_published_recipes(method, preset, dataset, expected):
     resolved = TrainConfig(method=method, preset=preset, dataset=dataset).resolved().to_dict()
     assert {name: resolved[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [
+        ("RSTPReid", ("rstpreid", "RSTP-Reid", "rstp")),
+        ("ICFG-PEDES", ("icfg", "ICFG_PEDES")),
+        ("CUHK-PEDES", ("cuhk", "cuhk_pedes")),
+        ("SimPEDES-street", ("simpedes_street", "SimPEDES", "")),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_any_spelling_of_a_data_set_is_the_same_training(method, preset, name, spellings):
+    expected = TrainConfig(method=method, preset=preset, dataset=name).resolved()
+    assert expected.dataset == name
+    for spelling in spellings:
+        config = TrainConfig(method=method, preset=preset, dataset=spelling).resolved()
+        assert config == expected
+        if method != "ivt" and spelling:
+            assert objectives(method, preset, spelling) == objectives(method, preset, name)
+            assert preset_values(method, preset, spelling) == preset_values(method, preset, name)
+
+
+def test_text_levels_follow_the_name_in_any_spelling():
+    for spelling, form in (("cuhk", "attributes"), ("icfg", "clauses"), ("RSTP-Reid", "clauses")):
+        assert level_reader(TrainConfig(method="ivt", dataset=spelling).resolved()).form == form
+
+
+@pytest.mark.parametrize(
+    ("file_name", "name"),
+    [("reid_raw.json", "CUHK-PEDES"), ("ICFG-PEDES.json", "ICFG-PEDES"), ("rstpreid_vistxt.json", "RSTPReid")],
+)
+def test_without_a_name_the_file_says_which_data_set_it_is(tmp_path, file_name, name):
+    (tmp_path / file_name).write_text("[]")
+    for method in METHODS:
+        named = TrainConfig(method=method, dataset=name, root=str(tmp_path)).resolved()
+        assert TrainConfig(method=method, root=str(tmp_path)).resolved() == named
+    (tmp_path / file_name).rename(tmp_path / "mine.json")
+    assert TrainConfig(root=str(tmp_path)).resolved().dataset == "mine"
+    with pytest.raises(AnnotationError, match="no such file or folder"):
+        TrainConfig(root=str(tmp_path / "none")).resolved()
+
+
+@pytest.mark.parametrize(
+    ("values", "reader"),
+    [
+        ({"method": "irra"}, "IRR"),
+        ({"method": "fmfa"}, "IRR"),
+        ({"method": "clip", "objectives": "irr=0.5"}, "IRR"),
+        ({"method": "fmfa", "preset": "released", "objectives": "irr=0"}, "retrieval_sees_mask"),
+    ],
+)
+def test_a_loss_over_masked_captions_needs_a_mask_rate(values, reader):
+    with pytest.raises(ConfigError, match=f"mask_rate is 0, but {reader} reads masked captions"):
+        TrainConfig(mask_rate=0, **values).resolved()
+    for other in ({"method": "clip"}, {"method": "ivt"}, {"method": "irra", "objectives": "irr=0"}):
+        assert TrainConfig(mask_rate=0, **other).resolved().mask_rate == 0
 
 
 def test_given_values_stand_against_the_preset():

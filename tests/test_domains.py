@@ -19,7 +19,7 @@ from fmfa.results import (
     save_evaluation,
     seeds_table,
 )
-from fmfa.results.names import dataset_label, results_split, trained_on
+from fmfa.results.names import results_split, trained_on
 from fmfa.simpedes import generate, recipe
 from fmfa.systems import load_system
 
@@ -50,7 +50,7 @@ def run(folder, dataset):
 def test_files_of_another_data_set_get_its_name(domains, tmp_path):
     street, station = domains["street"], domains["station"]
     own = Dataset("my photos/2", tmp_path / "own" / "imgs", street.table)
-    assert [dataset_label(d) for d in (street, station, own)] == [STREET, STATION, "my photos/2"]
+    assert [d.name for d in (street, station, own)] == [STREET, STATION, "my photos/2"]
     folder = run(tmp_path / "fmfa-0", STREET)
     assert trained_on(folder) == STREET
     assert results_split(folder, street, "test") == "test"

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from papermill.exceptions import PapermillExecutionError
 
 from fmfa.errors import ConfigError
 from fmfa.parameters import (
+    FILES,
+    FOLDERS,
+    PROJECT,
     Parameter,
     check_parameters,
     convert_value,
@@ -176,10 +180,10 @@ def namespace(source, **changes):
 
 def test_a_dataclass_checks_the_cell_again():
     source = 'folder: str = "x"  # a\nrate: float = 0.1  # b\n'
-    assert check_parameters(Settings, namespace(source)) == Settings("x", 1, 0.1)
-    assert check_parameters(Settings, namespace(source, rate=2)) == Settings("x", 1, 2.0)
+    assert check_parameters(Settings, namespace(source)) == Settings(os.path.abspath("x"), 1, 0.1)
+    assert check_parameters(Settings, namespace(source, rate=2)) == Settings(os.path.abspath("x"), 1, 2.0)
     extra = source + "draws: int = 3  # c\n"
-    assert check_parameters(Settings, namespace(extra), beside=("draws",)) == Settings("x", 1, 0.1)
+    assert check_parameters(Settings, namespace(extra), beside=("draws",)) == Settings(os.path.abspath("x"), 1, 0.1)
     with pytest.raises(ConfigError, match="'draws', Settings has no such field"):
         check_parameters(Settings, namespace(extra))
     with pytest.raises(ConfigError, match="epochs is float in the parameters cell, int in Settings"):
@@ -229,6 +233,50 @@ def test_a_run_leaves_notebook_page_and_record(write, tmp_path, monkeypatch):
     assert "TQDM_DISABLE" not in os.environ
 
 
+def test_paths_start_where_the_user_stands(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("mine.pt", "json"):
+        Path(name).write_text("")
+    notebook = write(
+        'root: str = ""  # a\nruns: list = []  # b\nweights: str = ""  # c\n'
+        'results: str = "../x"  # d\nmethod: str = ""  # e',
+        "print([root, *runs, weights, results, method])",
+    )
+    given = {"root": "my data/set", "runs": ["~/a", "/b/../c"], "weights": "mine.pt", "method": "json"}
+    run_notebook(notebook, tmp_path / "out.ipynb", given, html=False)
+    here = tmp_path / "here"
+    found = [f"{here}/my data/set", "/home/me/a", "/c", f"{here}/mine.pt", "../x", "json"]
+    assert outputs(tmp_path / "out.ipynb") == f"{found}\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_that_are_no_files_stay_names(tmp_path, monkeypatch, name):
+    def given(value):
+        return convert_value(Parameter(name, str, "", "help"), value)
+
+    monkeypatch.chdir(tmp_path)
+    for value in ("", "none", "openai", "ViT-B-16-quickgelu", "google-bert/bert-base-uncased"):
+        assert given(value) == value
+    (tmp_path / "openai").mkdir()
+    assert given("openai") == "openai"
+    assert given("~/there") == str(Path.home() / "there")
+    assert given("data/tiny_clip_config.json") == "data/tiny_clip_config.json"  # of the project, from anywhere
+    monkeypatch.chdir(PROJECT)
+    assert given("data/tiny_clip_config.json") == "data/tiny_clip_config.json"
+    monkeypatch.chdir(PROJECT / "data")
+    assert given("tiny_clip_config.json") == str(PROJECT / "data" / "tiny_clip_config.json")
+
+
+def test_every_parameter_that_may_be_a_path_starts_where_the_user_stands():
+    declared = [
+        p for path in sorted((PROJECT / "notebooks").glob("*.ipynb")) for p in notebook_parameters(path).values()
+    ]
+    paths = {p.name for p in declared if p.type in (str, list) and re.search(r"\b(folders?|files?)\b", p.help)}
+    assert paths <= {*FOLDERS, *FILES}
+
+
 def test_a_failing_cell_keeps_the_notebook_and_says_so(write, tmp_path, capsys):
     notebook = write(CELL, "print('reached', epochs)", "raise OSError('disk <full>')", "print('never')")
     parameters = tmp_path / "parameters.yml"
@@ -265,7 +313,9 @@ def test_bad_parameters_are_recorded_and_nothing_runs(write, tmp_path, capsys):
 
 def test_parameters_are_listed(write, capsys):
     assert main([str(write(CELL)), "--help-parameters"]) == 0
-    assert "learning_rate: float = 0.0003  # base rate\n" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "learning_rate: float = 0.0003  # base rate\n" in listed
+    assert "A relative path starts in the folder where the command is given" in listed
 
 
 def _broken_kernel(folder: Path, monkeypatch, failures: int) -> None:

@@ -53,7 +53,7 @@ def test_train_evaluate_compare(tiny, tmp_path):
         assert f"run folder: {folder}" in text
         assert figures == (3 if method == "fmfa" else 2)
         assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-5
-        record, text, figures = run("03_evaluate.ipynb", folder / "evaluate.ipynb", run=str(folder), **data)
+        record, text, figures = run("03_evaluate.ipynb", folder / "evaluate.ipynb", run=str(folder))
         assert record["status"] == "finished"
         assert "ceiling of the captions" in text
         assert figures >= 4

@@ -8,18 +8,19 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from formats import write_cuhk
+from formats import write_cuhk, write_icfg
 from test_ivt_weights import NARROW, UNUSED, released_state
 
 from fmfa import results as study
 from fmfa.data.datasets import open_dataset, with_phrase_spans
 from fmfa.data.transforms import CLIP_MEAN
 from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
+from fmfa.files import write_json
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes import generate, read_truth, recipe
-from fmfa.systems import build_system, load_start, load_system, open_training_data, run_training
+from fmfa.systems import build_system, load_start, load_system, open_test_data, open_training_data, run_training
 from fmfa.systems.budgets import pretraining_table
 from fmfa.systems.clip import TINY_BACKBONE
 from fmfa.systems.ivt import TINY_VOCABULARY
@@ -61,6 +62,57 @@ def test_shipped_weights_are_found_by_their_path_from_any_folder(root, tmp_path,
     (tmp_path / shipped).write_bytes(b"another file of that name")  # the user's own, nearer
     with pytest.raises(CheckpointError):
         build_system(config, open_training_data(config.resolved()))
+
+
+def run_of(folder, **config):
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", TrainConfig(**config).resolved().to_dict())
+    return folder
+
+
+def held_out(data):
+    return set(data.split("val")["identity"])
+
+
+def test_an_evaluation_takes_the_data_and_the_data_seed_of_its_run(tmp_path):
+    write_icfg(tmp_path / "data", identities=(12, 2), file_name="mine.json", pictures=False)
+    mine = {"dataset": "My shop", "root": str(tmp_path / "data")}
+    zero, one = (run_of(tmp_path / f"run{seed}", data_seed=seed, **mine) for seed in (0, 1))
+    expected = {run: held_out(open_dataset(*mine.values(), seed=seed)) for seed, run in enumerate((zero, one))}
+    assert expected[zero] != expected[one]
+    checkpoint = one / "checkpoints" / "best-1" / "model.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    for source in (zero, one, checkpoint):
+        for named in ({}, {"root": mine["root"]}, {"dataset": "My shop"}, mine, {"data_seed": int(source != zero)}):
+            data = open_test_data([source], **named)
+            assert data.name == "My shop"
+            assert held_out(data) == expected[zero if source == zero else one]
+    with pytest.raises(ConfigError, match=r"data seeds differ \(1 of .*run1, 0 of data_seed\)"):
+        open_test_data([one], **mine, data_seed=0)
+    with pytest.raises(ConfigError, match=r"0 of .*run0, 1 of .*run1\).*apart"):
+        open_test_data([zero, one], **mine)
+    assert held_out(open_test_data([""], **mine, data_seed=1)) == expected[one]
+    assert held_out(open_test_data([], **mine)) == expected[zero]
+    write_cuhk(tmp_path / "cuhk", pictures=False)
+    with pytest.raises(AnnotationError, match="no annotation file of RSTPReid"):
+        open_test_data([one], "rstp", tmp_path / "cuhk")
+
+
+def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("fmfa.systems.open_dataset", lambda *names, **how: opened.append((*names, *how.values())))
+    run = run_of(tmp_path / "run", dataset="SimPEDES-station", scale="tiny", data_seed=3)
+    for named in ({}, {"scale": "standard"}, {"dataset": "simpedes_street"}, {"root": "/r"}):
+        open_test_data([run], **named)
+    open_test_data([])
+    assert opened == [
+        ("SimPEDES-station", "", "tiny", 3),
+        ("SimPEDES-station", "", "standard", 3),
+        ("SimPEDES-street", "", "tiny", 3),
+        ("", "/r", "tiny", 3),
+        ("", "", "small", 0),
+    ]
 
 
 @pytest.mark.parametrize(

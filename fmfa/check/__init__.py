@@ -33,9 +33,9 @@ def check_dataset(
         workers: processes that decode; None for one a processor.
         progress: show a progress bar.
 
-    Fatal are: a missing image folder, missing or unreadable pictures, links out of the folder, empty
-    captions, a picture listed for two people, and identities or images shared between train and test. Copies of a
-    picture under other names are found by their pixels and are warnings.
+    Fatal are: a missing image folder, missing or unreadable pictures, empty captions, a picture listed for two people,
+    and identities or images shared between train and test. Copies of a picture under other names are found by their
+    pixels and are warnings; links that lead out of the folder are followed and noted.
 
     Raises:
         ConfigError: `workers` is not positive.

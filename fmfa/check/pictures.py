@@ -10,7 +10,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from fmfa.check.report import EXAMPLES, Finding, finding
-from fmfa.data.images import load_image, resolve_image
+from fmfa.data.images import load_image
 from fmfa.errors import ImageError
 from fmfa.progress import progress_bar
 
@@ -50,10 +50,8 @@ def check_pictures(
     severity = "fatal" if parts else "ok"
     detail = "; ".join(parts) or f"all {len(relative):,} files are there"
     yield "missing pictures", severity, len(missing), detail
-    outside = relative[found["outside"]]
-    advice = "Copy the pictures, or make the image folder itself the link"
-    yield finding("links out of the image folder", "fatal", outside, "none", advice)
-    present = relative[~found["missing"] & ~found["outside"]].tolist()
+    yield finding("links out of the image folder", "note", relative[found["outside"]], "none")
+    present = relative[~found["missing"]].tolist()
     if not decode:
         yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
         yield "identical pictures", "note", 0, "pictures were not decoded, and so not compared with each other"
@@ -73,7 +71,7 @@ def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
 
     Returns:
         Boolean columns with the index of `relative`: `missing` (no such file), `folder_missing` (nor its
-        folder), `outside` (a link leads out of `images`, see `resolve_image`).
+        folder), `outside` (a link of the user's leads out of `images`).
     """
     states = pd.DataFrame(False, index=relative.index, columns=["missing", "folder_missing", "outside"])
     for folder, paths in relative.groupby(relative.str.rpartition("/")[0]):
@@ -160,8 +158,4 @@ def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
 
 
 def _stays_inside(images: Path, relative: str) -> bool:
-    try:
-        resolve_image(images, relative)
-    except ImageError:
-        return False
-    return True
+    return Path(os.path.realpath(images / relative)).is_relative_to(os.path.realpath(images))

@@ -8,86 +8,99 @@ import csv
 import io
 import json
 import re
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
 
 import pandas as pd
 
-from fmfa.errors import AnnotationError
+from fmfa.errors import AnnotationError, ConfigError
+from fmfa.simpedes import DOMAINS, is_simpedes, read_dataset_record
 
-NAMES = {"cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid", "simpedes": "SimPEDES"}
+REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+SIMPEDES = "SimPEDES"
 SPLITS = {
     **{"train": "train", "training": "train"},
     **{"val": "val", "valid": "val", "validation": "val"},
     **{"test": "test", "testing": "test"},
 }
 _GENERIC = {"reid_raw.json": "CUHK-PEDES", "caption_all.json": "CUHK-PEDES", "data_captions.json": "RSTPReid"}
+_KEYS = {r"cuhk(?!0\d|sysu)": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
 _MOST_FIELDS = 200
 
 
-def canonical_name(text: str) -> str | None:
-    """The name of the known data set that a file, folder or user's name speaks of, or None."""
-    plain = re.sub(r"[^a-z]", "", text.lower())
-    return next((name for key, name in NAMES.items() if key in plain), None)
+def canonical_name(text: str) -> str:
+    """The one name of a data set, by which presets, objectives, text levels and records know it.
 
-
-def find_annotation(root: str | Path, name: str | None) -> Path:
-    """The annotation file that `root` means: itself when it is a file, else the one inside the folder.
-
-    In a folder the known file names are looked for, in any case; without one of them, the only CSV or JSON.
+    `icfg`, `RSTP-Reid` and `cuhk_pedes` become the published spelling, `simpedes_street` "SimPEDES-street"; any other
+    name is the user's own and stays.
 
     Raises:
-        AnnotationError: there is no such path, no annotation file, or more than one that fits `name`.
+        ConfigError: a domain that SimPEDES does not have, or a name that is a misspelt known one.
     """
-    root = Path(root)
-    try:
-        if root.is_file():
-            return root
-        if not root.is_dir():
-            raise AnnotationError(f"{root}: no such file or folder; give the annotation file or its folder")
-        files = sorted(file for file in root.iterdir() if file.suffix.lower() in (".json", ".csv"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, AnnotationError):
-            raise
-        raise AnnotationError(f"{root}: cannot be looked into ({error})") from None
-    known = [file for file in files if _own_name(file)]
-    wanted = canonical_name(name or "")
-    if wanted and known:
-        fitting = [file for file in known if wanted == _own_name(file)]
-        # A copy in the layout of CUHK-PEDES (SimPEDES is one) has a generic file name.
-        known = fitting or [file for file in known if file.name.lower() in _GENERIC]
-        if not known:
-            found = ", ".join(file.name for file in files)
-            raise AnnotationError(f"{root}: no annotation file of {wanted}; found {found}")
-    candidates = known or files
-    if not candidates:
-        raise AnnotationError(
-            f"{root}: no annotation file; expected one of {', '.join(_GENERIC)}, CUHK-PEDES.json, "
-            "ICFG-PEDES.json, a processed variant of them, or one's own .csv or .json"
+    plain = _letters(text)
+    if known := _published(text):
+        return known
+    domain = plain.removeprefix(_letters(SIMPEDES)) if plain.startswith(_letters(SIMPEDES)) else None
+    if domain is not None and domain in ("", *DOMAINS):
+        return "-".join([SIMPEDES, *filter(None, [domain])])
+    names = {_letters(name): name for name in (*REAL, SIMPEDES, *(f"{SIMPEDES}-{domain}" for domain in DOMAINS))}
+    near = get_close_matches(plain, names, n=1, cutoff=0.85)
+    if near or domain:
+        hint = f"did you mean {names[near[0]]}? " if near else ""
+        raise ConfigError(
+            f"no data set {text!r}; {hint}known are {', '.join(names.values())}; a name of your own must not look like "
+            "one of them"
         )
-    if len(candidates) > 1:
-        found = ", ".join(file.name for file in candidates)
-        raise AnnotationError(f"{root}: several annotation files ({found}); give one of them as root, or a name")
-    return candidates[0]
+    return text.strip()
 
 
-def dataset_name(file: Path, name: str | None) -> str:
-    """The data set's name: the one given (in its usual spelling), else by the files.
+def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, str]:
+    """The annotation file that `root` means, and the data set's canonical name.
+
+    The file is `root` itself, or lies in that folder: the one with a known file name, in any case, else the only CSV or
+    JSON. What is said by a file's name, and of SimPEDES by what lies beside the file, must agree with `name`; without
+    a name the file decides, by its own name where that is no known one. One's own data may have CUHK-PEDES' file names,
+    whose layout is the field's. The owners' `caption_all.json`, without splits, gives way to `reid_raw.json` beside it.
+
+    Args:
+        root: file or folder; `~` is the user's home.
+        name: the data set's, in any spelling; picks the file where a folder holds several.
 
     Raises:
-        AnnotationError: `name` says one published data set and the file name another.
+        AnnotationError: there is no such path, no annotation file, more than one that fits, or one of another data
+            set than `name`.
+        ConfigError: see `canonical_name`.
     """
-    own = _own_name(file)
-    if name:
-        given = canonical_name(name) or name
-        if own and file.name.lower() not in _GENERIC and given in NAMES.values() and given != own:
-            raise AnnotationError(f"{file}: looks like {own} by its name, not like {given}; correct the name")
-        return given
-    if file.name.lower() in _GENERIC:
-        rendered = (file.parent / "dataset.json").is_file() and (file.parent / "truth").is_dir()
-        return "SimPEDES" if rendered else own
-    return own or file.stem
+    root, wanted = Path(root).expanduser(), canonical_name(name or "")
+    files = _annotation_files(root)
+    said = {file: _said(file) for file in files}
+    known = [file for file in files if said[file]]
+    if not wanted:
+        fitting = known or files
+    elif wanted in REAL or wanted.startswith(SIMPEDES):
+        fitting = [file for file in known if said[file] == wanted or said[file].startswith(f"{wanted}-")]
+        fitting = fitting or (files if wanted in REAL and not known else [])
+    else:
+        fitting = [file for file in files if not said[file]]
+        fitting = fitting or [file for file in files if said[file] == _GENERIC.get(file.name.lower()) == "CUHK-PEDES"]
+    lower = [file.name.lower() for file in fitting]
+    if "reid_raw.json" in lower and "caption_all.json" in lower:
+        del fitting[lower.index("caption_all.json")]
+    found = ", ".join(file.name + f" ({said[file]})" * bool(said[file]) for file in files)
+    if not fitting:
+        raise AnnotationError(
+            f"{root}: no annotation file of {wanted}; found {found}. Leave the name of the data set out or correct it; "
+            "a set of your own needs a file name of its own, such as mine.json"
+        )
+    if len(fitting) > 1:
+        raise AnnotationError(f"{root}: several annotation files ({found}); give one of them as root, or a name")
+    file = fitting[0]
+    named = (wanted if wanted != SIMPEDES else "") or said[file] or canonical_name(file.stem)
+    if named.startswith(SIMPEDES) and not said[file]:
+        raise AnnotationError(f"{file}: {SIMPEDES} by its name, but dataset.json and truth/ do not lie beside it")
+    return file, named
 
 
 def read_records(file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -120,9 +133,39 @@ def read_records(file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     return pd.DataFrame(columns), notes
 
 
-def _own_name(file: Path) -> str | None:
-    own = _GENERIC.get(file.name.lower()) or canonical_name(file.stem)
-    return None if own == "SimPEDES" else own  # SimPEDES has CUHK-PEDES's file name.
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _published(text: str) -> str:
+    """The published data set that a text speaks of, or ""."""
+    return next((name for key, name in _KEYS.items() if re.search(key, _letters(text))), "")
+
+
+def _annotation_files(root: Path) -> list[Path]:
+    try:
+        if root.is_file():
+            return [root]
+        if is_simpedes(root):
+            return [root / "reid_raw.json"]
+        files = sorted(file for file in root.iterdir() if file.suffix.lower() in (".json", ".csv"))
+    except (FileNotFoundError, ValueError):
+        raise AnnotationError(f"{root}: no such file or folder; give the annotation file or its folder") from None
+    except OSError as error:
+        raise AnnotationError(f"{root}: cannot be looked into ({error})") from None
+    if not files:
+        raise AnnotationError(
+            f"{root}: no annotation file; expected one of {', '.join(_GENERIC)}, CUHK-PEDES.json, "
+            "ICFG-PEDES.json, a processed variant of them, or one's own .csv or .json"
+        )
+    return files
+
+
+def _said(file: Path) -> str:
+    """The known data set that a file is of: by its name, SimPEDES by its folder; "" for the user's own."""
+    if is_simpedes(file.parent):
+        return f"{SIMPEDES}-{read_dataset_record(file.parent)['recipe']['domain']}"
+    return _GENERIC.get(file.name.lower()) or _published(file.stem)
 
 
 def _parse_json(text: str, file: Path):

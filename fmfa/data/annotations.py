@@ -10,7 +10,7 @@ from reprlib import repr as short
 import numpy as np
 import pandas as pd
 
-from fmfa.data.annotation_files import SPLITS, dataset_name, find_annotation, read_records
+from fmfa.data.annotation_files import SPLITS, find_annotation, read_records
 from fmfa.data.images import UNSAFE_PATH, unsafe_path
 from fmfa.errors import AnnotationError, ConfigError
 
@@ -23,6 +23,13 @@ _FIELDS = {
     "split": ("split",),
     "caption": ("captions", "caption"),
 }
+_ADVICE = {
+    "image": "Give each record the path of its picture inside the image folder",
+    "identity": "Give each record the number of its person, the same for all pictures of one",
+    "split": "Give each record train, val or test; the owners of CUHK-PEDES have their splits in reid_raw.json, "
+    "those of the other sets in the file that they distribute: put that in its place",
+    "caption": "Give each record a caption, or a list of them",
+}
 _DERIVED = ("label", "record", "held_out")
 _WHOLE = re.compile(r"\s*(\d{1,19})(?:\.0+)?\s*", re.ASCII)
 
@@ -32,7 +39,7 @@ class Dataset:
     """A data set as one table.
 
     Attributes:
-        name: "CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES", or the user's own.
+        name: "CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station", or the user's own.
         images: folder that the paths in the table start from.
         table: one row a caption, the captions of an image adjacent and in file order. Columns: `image` (posix
             path relative to `images`), `identity` (int64, as in the file: what evaluation compares), `label`
@@ -74,7 +81,8 @@ def read_dataset(
 
     Args:
         root: the annotation file, or the folder that holds it.
-        name: the data set's name; picks the file when `root` holds several, and names the result.
+        name: the data set's name in any spelling; picks the file when `root` holds several, and must agree with what
+            the file says; by default what it says.
         images: the image folder; by default `imgs` beside the annotation file.
         seed: decides which identities are held out for validation, and nothing else.
         validation_identities: how many training identities become validation when the file has no validation
@@ -82,10 +90,12 @@ def read_dataset(
         drop_empty_captions: leave rows without a word out, with a note, and not to the check.
 
     Raises:
-        AnnotationError: no such file, several that fit, or bad content; the message names file and record.
-        ConfigError: `validation_identities` is negative, or leaves no identity to train on.
+        AnnotationError: no such file, several that fit, one of another data set than `name`, or bad content; the
+            message names file and record.
+        ConfigError: no such `name` (see `canonical_name`), or `validation_identities` is negative or leaves no
+            identity to train on.
     """
-    file = find_annotation(root, name)
+    file, name = find_annotation(root, name)
     records, file_notes = read_records(file)
     notes = list(file_notes)
     captions = _one_row_a_caption(_standard_fields(records, file, notes), file)
@@ -98,7 +108,7 @@ def read_dataset(
     table = _hold_out(table, validation_identities, seed, notes)
     table.insert(2, "label", _labels(table))
     folder = Path(images) if images is not None else file.parent / "imgs"
-    return Dataset(dataset_name(file, name), folder, table, tuple(notes))
+    return Dataset(name, folder, table, tuple(notes))
 
 
 def _standard_fields(records: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
@@ -119,7 +129,9 @@ def _take(records: pd.DataFrame, field: str, file: Path) -> pd.Series:
     present = [alias for alias in _FIELDS[field] if alias in records]
     names = " or ".join(f"'{alias}'" for alias in _FIELDS[field])
     if not present:
-        raise AnnotationError(f"{file}: no record has the field {names}; found {', '.join(records)[:200]}")
+        raise AnnotationError(
+            f"{file}: no record has the field {names}; found {', '.join(records)[:200]}. {_ADVICE[field]}"
+        )
     given = records[present].notna()
     several = given.sum(axis=1) > 1
     if several.any():

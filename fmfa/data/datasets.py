@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from fmfa.data.annotation_files import SIMPEDES, canonical_name, find_annotation
 from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import AnnotationError, ConfigError
+from fmfa.parameters import PROJECT
 from fmfa.simpedes import DOMAINS, SCALES, generate, is_simpedes, read_truth, recipe
 
-PROJECT = Path(__file__).parents[2]
 DATA = PROJECT / "data"
-REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
-SIMPEDES = "SimPEDES"
 
 
 def project_path(name: str) -> str:
@@ -21,13 +20,27 @@ def project_path(name: str) -> str:
     return str(there) if name and not Path(name).exists() and there.is_file() else name
 
 
+def which_dataset(name: str, root: str | Path = "") -> str:
+    """The canonical name of a data set; without `name` what the file at `root` says, without either SimPEDES-street.
+
+    Raises:
+        ConfigError: no such name.
+        AnnotationError: no file at `root`, or one of another data set than `name`.
+    """
+    if root:
+        return find_annotation(root, name)[1]
+    name = canonical_name(name)
+    return f"{SIMPEDES}-{DOMAINS[0]}" if name in ("", SIMPEDES) else name
+
+
 def open_dataset(
-    name: str, root: str | Path = "", *, scale: str = "small", seed: int = 0, spans: bool = False
+    name: str = "", root: str | Path = "", *, scale: str = "small", seed: int = 0, spans: bool = False
 ) -> Dataset:
     """Open a data set.
 
     Args:
-        name: `SimPEDES-street` or `SimPEDES-station`, one of the three real sets, or a name of your own.
+        name: `SimPEDES-street` or `SimPEDES-station`, one of the three real sets, or a name of your own; see
+            `which_dataset`.
         root: its folder or annotation file. SimPEDES without one lies under `data/simpedes/`, and is written
             there on first use.
         scale: of SimPEDES without a root: tiny, small, standard or large.
@@ -37,21 +50,18 @@ def open_dataset(
     Raises:
         ConfigError: a real or own data set without `root`, an unknown SimPEDES domain or scale, or `spans` of
             other data than SimPEDES.
-        AnnotationError: the files cannot be read as a data set.
+        AnnotationError: the files cannot be read as a data set, or are of another one than `name`.
     """
-    if name.startswith(SIMPEDES) and not root:
-        domain = name.removeprefix(SIMPEDES).removeprefix("-") or DOMAINS[0]
-        if domain not in DOMAINS:
-            known = " or ".join(f"{SIMPEDES}-{d}" for d in DOMAINS)
-            raise ConfigError(f"no data set {name!r}; expected {known}, {', '.join(REAL)}, or a root of your own")
-        wanted = recipe(scale, domain, seed)
-        root = generate(DATA / "simpedes" / f"{domain}-{scale}-{seed}", wanted)
+    name = which_dataset(name, root)
+    if not root and name.startswith(SIMPEDES):
+        domain = name.removeprefix(f"{SIMPEDES}-")
+        root = generate(DATA / "simpedes" / f"{domain}-{scale}-{seed}", recipe(scale, domain, seed))
     if not root:
         raise ConfigError(
             f"data set {name!r} needs `root`, the folder that holds its annotation file and `imgs/`; "
             f"only {SIMPEDES} is made by the project itself"
         )
-    dataset = read_dataset(root, SIMPEDES if name.startswith(SIMPEDES) else name, seed=seed)
+    dataset = read_dataset(root, name, seed=seed)
     return with_phrase_spans(dataset) if spans else dataset
 
 

@@ -34,10 +34,7 @@ UNSAFE_PATH = f"{_OUTSIDE}|{_NAMELESS}"
 
 
 def unsafe_path(relative: str) -> str | None:
-    """Say why a path string cannot name a file inside the image folder, or None when it can.
-
-    Only the string is looked at; links are followed by `resolve_image`.
-    """
+    """Say why a path string cannot name a file inside the image folder, or None when it can."""
     if re.search(_NAMELESS, relative):
         return "names no file"
     if re.search(_OUTSIDE, relative):
@@ -46,23 +43,16 @@ def unsafe_path(relative: str) -> str | None:
 
 
 def resolve_image(images: str | Path, relative: str) -> Path:
-    """Join a path of the annotations to the image folder, following links.
+    """Join a path of the annotations to the image folder.
 
-    The image folder itself may be a link; what lies inside has to stay inside.
+    Links are followed wherever they lead: they are the user's own, an annotation file cannot make any.
 
     Raises:
-        ImageError: the path is absolute, contains `..`, names no file, or a link leads out of `images`.
+        ImageError: the path is absolute, contains `..`, or names no file.
     """
     if reason := unsafe_path(relative):
         raise ImageError(f"image path {relative!r} {reason}; expected a path relative to {images}, without '..'")
-    inside = os.path.realpath(images)
-    target = Path(os.path.realpath(os.path.join(inside, relative)))
-    if not target.is_relative_to(inside):
-        raise ImageError(
-            f"image path {relative!r} leads by a link to {target}, outside the image folder {inside}; "
-            "copy the pictures into the folder, or make the image folder itself the link"
-        )
-    return target
+    return Path(images, relative)
 
 
 def picture_suffixes() -> set[str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from fmfa.data.annotation_files import SIMPEDES, canonical_name
 from fmfa.errors import ConfigError
 from fmfa.losses import ASDM_FORMS
 from fmfa.losses.efa import COSTS, KEEPS
@@ -107,7 +108,7 @@ def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", 
     Args:
         method: "clip", "irra" or "fmfa".
         preset: "paper" or "released".
-        dataset: name of the data set.
+        dataset: name of the data set, in any spelling.
         overrides: fields of `Objectives`.
 
     Returns:
@@ -128,9 +129,10 @@ def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", 
     if unknown := sorted(set(overrides) - known):
         raise ConfigError(f"unknown objectives {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     if preset == "paper":
+        dataset = canonical_name(dataset)
         margin_text, margin_image = PAPER_MARGINS.get(dataset, PAPER_MARGINS["CUHK-PEDES"])
         forms = {
-            "asdm_alpha": 1.0 if dataset == "RSTPReid" or dataset.startswith("SimPEDES") else 10.0,
+            "asdm_alpha": 1.0 if dataset == "RSTPReid" or dataset.startswith(SIMPEDES) else 10.0,
             "efa_margin_text": margin_text,
             "efa_margin_image": margin_image,
         }

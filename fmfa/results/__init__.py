@@ -15,7 +15,7 @@ from fmfa.results.figures import (
     plot_sensitivity,
 )
 from fmfa.results.files import METRICS, export_results, read_queries, save_evaluation
-from fmfa.results.names import dataset_label, results_split, trained_on
+from fmfa.results.names import results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
 from fmfa.results.power import components_table, gains_table, power_table
 from fmfa.results.selection import epochs_table, score_epochs, selection_table
@@ -30,7 +30,6 @@ __all__ = [
     "correlation_table",
     "counterfactual_table",
     "cross_domain_table",
-    "dataset_label",
     "epochs_table",
     "export_results",
     "gains_table",

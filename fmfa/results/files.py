@@ -21,7 +21,7 @@ from fmfa.evaluation.controls import shuffle_captions
 from fmfa.files import read_json, said_plainly, whole_file, write_json
 from fmfa.records import METRICS as METRICS_FILE
 from fmfa.records import RECORD, read_record
-from fmfa.results.names import dataset_label, results_split
+from fmfa.results.names import results_split
 from fmfa.simpedes import is_simpedes, read_dataset_record
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -57,7 +57,7 @@ def save_evaluation(
         ConfigError: the folder cannot be written to.
     """
     folder, name = Path(folder), results_split(folder, dataset, split)
-    record = {"dataset": dataset_label(dataset), "split": split, "metrics": _metrics(evaluation)}
+    record = {"dataset": dataset.name, "split": split, "metrics": _metrics(evaluation)}
     if is_simpedes(dataset.images.parent):
         record["ceiling"] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
     shuffled = shuffle_captions(evaluation, evaluation.seed)

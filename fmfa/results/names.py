@@ -4,23 +4,14 @@ import re
 from pathlib import Path
 
 from fmfa.data.annotations import Dataset
-from fmfa.data.datasets import SIMPEDES
+from fmfa.data.datasets import which_dataset
 from fmfa.records import RECORD, read_record
-from fmfa.simpedes import DOMAINS, is_simpedes, read_dataset_record
-
-
-def dataset_label(dataset: Dataset) -> str:
-    """Name a data set, SimPEDES with its domain: "SimPEDES-station"."""
-    root = dataset.images.parent
-    if is_simpedes(root):
-        return f"{SIMPEDES}-{read_dataset_record(root)['recipe']['domain']}"
-    return dataset.name
 
 
 def trained_on(folder: str | Path) -> str:
     """Name the data set that a run was trained on, by its record; "" where there is none."""
     name = read_record(folder).get("config", {}).get("dataset", "")
-    return f"{SIMPEDES}-{DOMAINS[0]}" if name == SIMPEDES else name
+    return which_dataset(name) if name else ""
 
 
 def results_split(folder: str | Path, dataset: Dataset, split: str) -> str:
@@ -29,7 +20,7 @@ def results_split(folder: str | Path, dataset: Dataset, split: str) -> str:
     So a cross-domain evaluation never takes the place of the run's own, and tables read it as a split of that name.
     A folder whose record is a link to a run elsewhere holds one evaluation, and keeps the plain name.
     """
-    own, name = trained_on(folder), dataset_label(dataset)
+    own, name = trained_on(folder), dataset.name
     if not own or own == name or (Path(folder) / RECORD).is_symlink():
         return split
     return f"{split}@{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from fmfa.errors import ConfigError
 from fmfa.results.files import row_and_seed
+from fmfa.simpedes import SCALES
+
+_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class EvaluateParameters:
             raise ConfigError(f"phrases is {self.phrases}; expected 0 (none) or more")
         if self.counterfactuals < 0:
             raise ConfigError(f"counterfactuals is {self.counterfactuals}; expected 0 (none) or more")
-        _require_split(self.split)
+        _require_data(self)
         if not 1 <= self.queries <= 20:
             raise ConfigError(f"queries is {self.queries}; expected 1 to 20 pictures a grid")
 
@@ -75,7 +78,7 @@ class VisualiseParameters:
 
     def __post_init__(self) -> None:
         """Check the ranges; raises ConfigError."""
-        _require_split(self.split)
+        _require_data(self)
         if not 1 <= self.phrases <= 12:
             raise ConfigError(f"phrases is {self.phrases}; expected 1 to 12, a column of pictures each")
         if not 1 <= self.queries <= 20:
@@ -84,9 +87,13 @@ class VisualiseParameters:
             _require_results(self.results)
 
 
-def _require_split(split: str) -> None:
-    if split not in ("train", "val", "test"):
-        raise ConfigError(f"split is {split!r}; expected train, val or test")
+def _require_data(chosen: EvaluateParameters | VisualiseParameters) -> None:
+    if chosen.split not in _SPLITS:
+        raise ConfigError(f"split is {chosen.split!r}; expected one of {', '.join(_SPLITS)}")
+    if chosen.scale not in ("", *SCALES):
+        raise ConfigError(f"scale is {chosen.scale!r}; expected one of {', '.join(SCALES)}, or empty for the run's")
+    if chosen.data_seed < -1:
+        raise ConfigError(f"data_seed is {chosen.data_seed}; expected 0 or more, or -1 for the run's")
 
 
 def _require_results(folder: str) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from fmfa.data.annotations import Dataset
 from fmfa.records import read_record
 from fmfa.results.files import find_table, row_and_seed, run_folders
-from fmfa.results.names import dataset_label, trained_on
+from fmfa.results.names import trained_on
 from fmfa.results.rows import Rows, read_rows
 from fmfa.systems import load_system
 from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints
@@ -59,7 +59,7 @@ def score_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "c
     Raises:
         CheckpointError: the weights of an epoch cannot be read.
     """
-    checkpoints, own = epoch_checkpoints(run), trained_on(run) == dataset_label(dataset)
+    checkpoints, own = epoch_checkpoints(run), trained_on(run) == dataset.name
     table = pd.DataFrame()
     if not (checkpoints and own and len(checkpoints) == read_record(run)["config"]["epochs"]):
         return table

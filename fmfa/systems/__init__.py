@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from fmfa.data.annotation_files import canonical_name
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import PROJECT, open_dataset
 from fmfa.data.transforms import ImageTransform, fmfa_evaluation, ivt_evaluation
 from fmfa.devices import choose_device
-from fmfa.errors import CheckpointError, TrainingError
+from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.evaluation import Evaluation, evaluate
 from fmfa.models.ivt import IvtRetriever
 from fmfa.systems.clip import TINY_WEIGHTS, build_clip_model, clip_tokenizer_of, load_clip_start
@@ -108,8 +111,7 @@ def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> Sys
     run = _run_of(Path(source))
     if run is None:
         return None
-    config = TrainConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
-    system = build_system(config, dataset)
+    system = build_system(_config_of(run), dataset)
     system.model.to(choose_device(device))
     return system
 
@@ -119,11 +121,11 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
 
     A run of IVT keeps its vocabulary as `vocab.txt`, so that it can be reopened wherever it is moved.
     """
-    config = config.resolved()
+    config, folder = config.resolved(), Path(folder).expanduser()
     dataset = open_training_data(config)
     system = build_system(config, dataset)
     if config.method == "ivt":
-        _keep_vocabulary(system.tokenizer, Path(folder))
+        _keep_vocabulary(system.tokenizer, folder)
 
     def validate(model: nn.Module) -> dict[str, float]:
         rows = dataset.split("val")
@@ -137,6 +139,42 @@ def open_training_data(config: TrainConfig) -> Dataset:
     """Open the data set of a resolved configuration, with the true phrases where its text levels need them."""
     spans = config.text_levels == "spans"
     return open_dataset(config.dataset, config.root, scale=config.scale, seed=config.data_seed, spans=spans)
+
+
+def open_test_data(
+    sources: Sequence[str | Path], dataset: str = "", root: str | Path = "", scale: str = "", data_seed: int = -1
+) -> Dataset:
+    """Open the data set that trained systems are evaluated on; what is left open is as the first one's run had it.
+
+    The data seed cannot be another one: it decides which people of a set without a validation split were trained on.
+    The scale can: on SimPEDES nobody of validation or test is trained on at any scale.
+
+    Args:
+        sources: run folders or checkpoints, as `load_system` takes them; those in no run decide nothing.
+        dataset: its name, as in `open_dataset`; empty with another root than the run's for what the file there says.
+        root: its folder; empty with another name or a scale for SimPEDES made by the project.
+        scale: of SimPEDES without a root; empty for the run's, or small.
+        data_seed: of SimPEDES without a root, and of held-out identities; -1 for the run's, or 0.
+
+    Raises:
+        ConfigError: the seeds of the runs and `data_seed` differ, or see `open_dataset`.
+        AnnotationError: the data set cannot be read, or is another one than `dataset`.
+    """
+    configs = {str(run): _config_of(run) for run in map(_run_of, map(Path, filter(None, sources))) if run}
+    seeds = {run: config.data_seed for run, config in configs.items()}
+    seeds |= {"data_seed": data_seed} if data_seed >= 0 else {}
+    if len(set(seeds.values())) > 1:
+        raise ConfigError(
+            f"data seeds differ ({', '.join(f'{seed} of {name}' for name, seed in seeds.items())}): whom one holds out "
+            "for validation, another trains on. Leave data_seed out, and evaluate runs of different data seeds apart"
+        )
+    own = next(iter(configs.values()), TrainConfig())
+    dataset = canonical_name(dataset)
+    if not root and not scale and dataset in ("", own.dataset):
+        root = own.root
+    if not dataset and (not root or (own.root and os.path.realpath(root) == os.path.realpath(own.root))):
+        dataset = own.dataset
+    return open_dataset(dataset, root, scale=scale or own.scale, seed=next(iter(seeds.values()), 0))
 
 
 def default_run_folder(config: TrainConfig) -> Path:
@@ -159,6 +197,10 @@ def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
         tokenizer.save(path)
     elif wordpiece_tokenizer(path).vocabulary != tokenizer.vocabulary:
         raise TrainingError(f"{path} is the vocabulary of another run; give a new folder, or that run's vocabulary")
+
+
+def _config_of(run: Path) -> TrainConfig:
+    return TrainConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
 
 
 def _run_of(path: Path) -> Path | None:

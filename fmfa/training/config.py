@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from fmfa.data.annotation_files import SIMPEDES, canonical_name
+from fmfa.data.datasets import which_dataset
 from fmfa.devices import DEVICES
 from fmfa.errors import ConfigError
+from fmfa.models.objectives import objectives
 
 METHODS = ("clip", "irra", "fmfa", "ivt")
 RECIPES = ("fmfa", "ivt")
@@ -29,8 +32,8 @@ def _setting(
 class TrainConfig:
     """Everything that decides a training run, in values that a notebook's parameters can hold.
 
-    0, -1 or "" stands for the preset's value where the help says so; `resolved` fills those in. Every
-    field's help text and limits are in its dataclass metadata.
+    `dataset` is kept in its canonical spelling. 0, -1 or "" stands for the preset's value where the help says so;
+    `resolved` fills those in. Every field's help text and limits are in its dataclass metadata.
 
     Raises:
         ConfigError: a value of the wrong type, outside its range, or not among the choices.
@@ -40,8 +43,8 @@ class TrainConfig:
     preset: str = _setting("paper", "paper's equations or released code", choices=("paper", "released"))
     recipe: str = _setting("", 'whose optimiser and batches; "" = own, on SimPEDES fmfa', choices=("", *RECIPES))
     objectives: str = _setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0", of ivt "loss=sdm tau=0.02"')
-    dataset: str = _setting("SimPEDES-street", "SimPEDES-street, SimPEDES-station, CUHK-PEDES, ... or your own name")
-    root: str = _setting("", 'folder of the data set; "" makes SimPEDES')
+    dataset: str = _setting("", 'SimPEDES-street, CUHK-PEDES, ... or your own name; "" = what the file at root says')
+    root: str = _setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
     scale: str = _setting("small", "of SimPEDES without a root", choices=("tiny", "small", "standard", "large"))
     data_seed: int = _setting(0, "of SimPEDES without a root, and of held-out identities", low=0, high=2**31 - 1)
     backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
@@ -87,13 +90,14 @@ class TrainConfig:
     tensorboard: bool = _setting(True, "write TensorBoard logs")
 
     def __post_init__(self) -> None:
-        """Check every value's type and range; an int is taken for a float field."""
+        """Check every value's type and range; an int is taken for a float field, any spelling for the data set's."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, setting.name, value)
             _check(setting, value)
+        object.__setattr__(self, "dataset", canonical_name(self.dataset))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
@@ -115,22 +119,35 @@ class TrainConfig:
         return asdict(self)
 
     def resolved(self) -> "TrainConfig":
-        """The same run with every value that was left to the preset or recipe filled in; given values stay.
+        """The same run with every value that was left to the file, preset or recipe filled in; given values stay.
 
         Raises:
-            ConfigError: a batch that is no whole number of identities.
+            ConfigError: a batch that is no whole number of identities, objectives that do not fit the method, or ones
+                that read masked captions without a mask rate.
+            AnnotationError: no name was given, and the file at `root` is not there or not one of several.
         """
+        dataset = self.dataset
+        if dataset in ("", SIMPEDES):
+            dataset = which_dataset(dataset, self.root)
         open_values = {
             name: value
-            for name, value in preset_values(self.method, self.preset, self.dataset, self.recipe).items()
+            for name, value in preset_values(self.method, self.preset, dataset, self.recipe).items()
             if getattr(self, name) in (0, -1, "") and getattr(self, name) == _default(name)
         }
-        config = replace(self, **open_values)
+        config = replace(self, dataset=dataset, **open_values)
         if config.instances and config.batch_size % config.instances:
             raise ConfigError(
                 f"batch_size {config.batch_size} is not a multiple of instances {config.instances}; "
                 "P x K sampling needs P whole identities of K pairs: change one of the two"
             )
+        if config.method != "ivt" and not config.mask_rate:
+            losses = objectives(config.method, config.preset, dataset, **config.objective_overrides())
+            if losses.needs_mask:
+                reader = "IRR" if losses.irr else "retrieval_sees_mask"
+                raise ConfigError(
+                    f"mask_rate is 0, but {reader} reads masked captions: give a rate above 0 (the papers' is 0.15), "
+                    'or switch it off by objectives "irr=0 retrieval_sees_mask=False"'
+                )
         return config
 
     def objective_overrides(self) -> dict[str, str | int | float | bool]:
@@ -167,12 +184,13 @@ def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> d
     Args:
         method: decides sizes, text levels and token dropping.
         preset: "paper" or "released"; IVT has only what was released.
-        dataset: name of the data set.
+        dataset: name of the data set, in any spelling.
         recipe: "fmfa" or "ivt" decides optimiser, rates, schedule, epochs and batches; "" is the method's own, on
             SimPEDES "fmfa" (with AdamW) for all.
     """
+    dataset = canonical_name(dataset)
     ivt, rstp = method == "ivt", dataset == "RSTPReid"
-    simpedes = dataset.startswith("SimPEDES")
+    simpedes = dataset.startswith(SIMPEDES)
     recipe = recipe or ("ivt" if ivt and not simpedes else "fmfa")
     values = {"recipe": recipe, "image_height": 384, "image_width": 128, "warmup_epochs": 5, "eps": 1e-8}
     released = preset == "released"
