@@ -48,8 +48,8 @@ def check(record, printed, dataset):
 def test_01_on_simpedes(run, tmp_path):
     root = generate(tmp_path / "street", recipe("tiny"), workers=1, progress=False)
     record, printed, figures = run(DATA, dataset="SimPEDES-street", root=str(root))
-    check(record, printed, "SimPEDES")
-    assert "SimPEDES: 240 images, 480 captions, 60 identities" in printed
+    check(record, printed, "SimPEDES-street")
+    assert "SimPEDES-street: 240 images, 480 captions, 60 identities" in printed
     assert figures == 6  # counts, captions, pictures, part maps, families, attributes
 
 

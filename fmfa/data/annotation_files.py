@@ -90,9 +90,11 @@ def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, st
         del fitting[lower.index("caption_all.json")]
     found = ", ".join(file.name + f" ({said[file]})" * bool(said[file]) for file in files)
     if not fitting:
+        marks = f"{SIMPEDES} has dataset.json and truth/ beside its reid_raw.json"
+        advice = marks if wanted.startswith(SIMPEDES) else "a set of your own needs a file name like mine.json"
         raise AnnotationError(
-            f"{root}: no annotation file of {wanted}; found {found}. Leave the name of the data set out or correct it; "
-            "a set of your own needs a file name of its own, such as mine.json"
+            f"{root}: no annotation file of {wanted}; found {found}. Correct the name of the data set or leave it out; "
+            f"{advice}"
         )
     if len(fitting) > 1:
         raise AnnotationError(f"{root}: several annotation files ({found}); give one of them as root, or a name")

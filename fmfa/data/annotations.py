@@ -26,8 +26,7 @@ _FIELDS = {
 _ADVICE = {
     "image": "Give each record the path of its picture inside the image folder",
     "identity": "Give each record the number of its person, the same for all pictures of one",
-    "split": "Give each record train, val or test; the owners of CUHK-PEDES have their splits in reid_raw.json, "
-    "those of the other sets in the file that they distribute: put that in its place",
+    "split": "Give each record train, val or test; of CUHK-PEDES the owners' reid_raw.json has them",
     "caption": "Give each record a caption, or a list of them",
 }
 _DERIVED = ("label", "record", "held_out")
@@ -107,7 +106,7 @@ def read_dataset(
     table = _images_together(captions, notes)
     table = _hold_out(table, validation_identities, seed, notes)
     table.insert(2, "label", _labels(table))
-    folder = Path(images) if images is not None else file.parent / "imgs"
+    folder = Path(images).expanduser() if images is not None else file.parent / "imgs"
     return Dataset(name, folder, table, tuple(notes))
 
 
