@@ -180,8 +180,9 @@ def test_processes_at_different_steps_are_refused(unlaunched, tmp_path):
 
 def test_the_command_lists_every_parameter_with_help_choices_and_default(capsys):
     assert fmfa.train.main(["--help-parameters"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, paths = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [setting.name for setting in fields(TrainConfig)]
+    assert paths.startswith("# A relative path starts")
     assert "precision: str = 'fp32'  # of the forward pass; one of 'fp32', 'bf16', 'fp16'" in lines
 
 
