@@ -101,7 +101,11 @@ def test_an_evaluation_takes_the_data_and_the_data_seed_of_its_run(tmp_path):
 
 def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("fmfa.systems.open_dataset", lambda *names, **how: opened.append((*names, *how.values())))
+
+    def opens(name, root, *, scale, seed, **others):
+        opened.append((name, root, scale, seed))
+
+    monkeypatch.setattr("fmfa.systems.open_dataset", opens)
     run = run_of(tmp_path / "run", dataset="SimPEDES-station", scale="tiny", data_seed=3)
     for named in ({}, {"scale": "standard"}, {"dataset": "simpedes_street"}, {"root": "/r"}):
         open_test_data([run], **named)
@@ -113,6 +117,24 @@ def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_pa
         ("", "/r", "tiny", 3),
         ("", "", "small", 0),
     ]
+
+
+@pytest.mark.parametrize("empty", ["", " . "])
+def test_empty_captions_stop_a_training_unless_it_leaves_them_out(backbone, tmp_path, empty):
+    file = write_cuhk(tmp_path / "data")
+    records = json.loads(file.read_text())
+    for position in (0, -1):  # of train and of test
+        records[position]["captions"] = [empty, records[position]["captions"][1]]
+    file.write_text(json.dumps(records))
+    sizes = {"image_height": 96, "image_width": 32, "stride": 8, "batch_size": 8, "text_levels": "off"}
+    config = ivt(file.parent, backbone, **sizes)
+    with pytest.raises(TrainingError, match=r"empty captions.* -p drop_empty_captions true"):
+        run_training(config, tmp_path / "stopped")
+    run = run_training(replace(config, drop_empty_captions=True), tmp_path / "run")
+    assert read_record(run)["status"] == "finished"
+    data = open_test_data([run])
+    assert len(data.table) == 2 * len(records) - 2
+    assert data.table["caption"].str.contains(r"\w").all()
 
 
 @pytest.mark.parametrize(

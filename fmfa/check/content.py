@@ -40,7 +40,7 @@ def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Find
         "fatal",
         _places(table[empty]),
         f"all {len(table):,} captions have words",
-        "read_dataset(..., drop_empty_captions=True) leaves them out",
+        "Write them, or leave them out: -p drop_empty_captions true, in python -m fmfa.check --drop-empty-captions",
     )
     lengths = pd.Series({caption: tokenizer.length(caption) for caption in table["caption"].unique()})
     context = f"the {tokenizer.context_length} positions that the tokenizer has"

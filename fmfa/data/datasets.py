@@ -34,7 +34,13 @@ def which_dataset(name: str, root: str | Path = "") -> str:
 
 
 def open_dataset(
-    name: str = "", root: str | Path = "", *, scale: str = "small", seed: int = 0, spans: bool = False
+    name: str = "",
+    root: str | Path = "",
+    *,
+    scale: str = "small",
+    seed: int = 0,
+    drop_empty_captions: bool = False,
+    spans: bool = False,
 ) -> Dataset:
     """Open a data set.
 
@@ -45,6 +51,7 @@ def open_dataset(
             there on first use.
         scale: of SimPEDES without a root: tiny, small, standard or large.
         seed: of SimPEDES without a root, and of the identities held out where a set has no validation split.
+        drop_empty_captions: leave captions without a word out, and pictures that have no other.
         spans: join the true phrases of the training captions as column `spans`; see `with_phrase_spans`.
 
     Raises:
@@ -61,7 +68,7 @@ def open_dataset(
             f"data set {name!r} needs `root`, the folder that holds its annotation file and `imgs/`; "
             f"only {SIMPEDES} is made by the project itself"
         )
-    dataset = read_dataset(root, name, seed=seed)
+    dataset = read_dataset(root, name, seed=seed, drop_empty_captions=drop_empty_captions)
     return with_phrase_spans(dataset) if spans else dataset
 
 
@@ -107,6 +114,7 @@ class DataParameters:
     root: str
     scale: str
     seed: int
+    drop_empty_captions: bool
     decode: bool
 
     def __post_init__(self) -> None:

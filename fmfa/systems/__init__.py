@@ -138,7 +138,8 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
 def open_training_data(config: TrainConfig) -> Dataset:
     """Open the data set of a resolved configuration, with the true phrases where its text levels need them."""
     spans = config.text_levels == "spans"
-    return open_dataset(config.dataset, config.root, scale=config.scale, seed=config.data_seed, spans=spans)
+    options = {"scale": config.scale, "seed": config.data_seed, "drop_empty_captions": config.drop_empty_captions}
+    return open_dataset(config.dataset, config.root, spans=spans, **options)
 
 
 def open_test_data(
@@ -174,7 +175,8 @@ def open_test_data(
         root = own.root
     if not dataset and (not root or (own.root and os.path.realpath(root) == os.path.realpath(own.root))):
         dataset = own.dataset
-    return open_dataset(dataset, root, scale=scale or own.scale, seed=next(iter(seeds.values()), 0))
+    seed, scale = next(iter(seeds.values()), 0), scale or own.scale
+    return open_dataset(dataset, root, scale=scale, seed=seed, drop_empty_captions=own.drop_empty_captions)
 
 
 def default_run_folder(config: TrainConfig) -> Path:

@@ -47,6 +47,7 @@ class TrainConfig:
     root: str = _setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
     scale: str = _setting("small", "of SimPEDES without a root", choices=("tiny", "small", "standard", "large"))
     data_seed: int = _setting(0, "of SimPEDES without a root, and of held-out identities", low=0, high=2**31 - 1)
+    drop_empty_captions: bool = _setting(False, "leave captions without a word out, which are refused otherwise")
     backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
     weights: str = _setting("", 'weight file or name; "" = the data set\'s')
     text_weights: str = _setting("", "BERT for ivt by file or hub name; `weights` is an ImageNet ViT then")
