@@ -1,6 +1,7 @@
 """Evaluations on another data set than a run's own: names of their files, and the cross-domain table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from fmfa.results import (
     export_results,
     plot_domains,
     read_queries,
+    result_table,
     save_evaluation,
     seeds_table,
 )
@@ -94,6 +96,17 @@ def test_a_cross_domain_evaluation_leaves_the_own_one_alone(domains, tmp_path):
         assert table.loc[label, "own"] == pytest.approx(table.loc[STREET, "R@1"])
         assert table.loc[label, "trained on"] == STREET
     assert table["drop"].isna().all()
+
+
+def test_a_split_of_one_person_has_levels_without_intervals(domains, tmp_path):
+    table = domains["street"].table
+    one = replace(domains["street"], table=table[table["identity"] == table["identity"].iloc[-1]])
+    evaluation, folder = load_system().evaluate(one, "test", progress=False), run(tmp_path / "zero-0", STREET)
+    save_evaluation(evaluation, one, "test", folder, start=evaluation)
+    first = json.loads((folder / "evaluation-test.json").read_text())["metrics"][0]
+    assert (first["value"], first["low"], first["high"]) == (100, None, None)
+    assert result_table({"it": evaluation}, one, "test")["R@1"].tolist()[:2] == ["100.0", "100.0"]
+    assert seeds_table(tmp_path).set_index("row").loc["zero-shot", "R@1"] == "100.0"
 
 
 # --- the table, from made-up queries

@@ -92,7 +92,8 @@ def _checksum(path: Path) -> str:
 
 
 def _metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
-    return evaluation.table().round(4).to_dict("records")
+    table = evaluation.table().round(4)
+    return table.astype(object).where(table.notna(), None).to_dict("records")  # one identity has no interval
 
 
 def _queries(evaluation: Evaluation) -> pd.DataFrame:

@@ -47,7 +47,7 @@ def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -
 def shown(level: Level) -> str:
     """Write a level as "value [low, high]", or "value" without an interval."""
     value, low, high = level
-    return f"{value:.1f}" if low is None else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{value:.1f}" if pd.isna(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
