@@ -221,12 +221,12 @@ def search_folder(
         raise ImageError(f"{folder} is not a folder; give the folder of the pictures to search")
     paths, faults = _pictures_below(folder)
     encoded = encode_images(model, paths, transform, faults=faults, batch_size=batch_size, progress=progress)
-    names = np.array([os.path.relpath(path, folder).replace(os.sep, "/") for path in paths if path not in faults])
+    names = np.array([Path(path).relative_to(folder).as_posix() for path in paths if path not in faults])
     left_out = "\n".join(fault.replace(f"{folder}{os.sep}", "", 1) for _, fault in sorted(faults.items()))
     if not len(names):
         raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
     if faults:
-        warnings.warn(f"{len(faults):,} of the pictures in {folder} were left out:\n{left_out}", stacklevel=2)
+        warnings.warn(f"left out of the search, {len(faults):,} in all:\n{left_out}", stacklevel=2)
     query = encode_captions(model, [sentence], tokenizer, progress=False)[0]
     similarity = _cosine(query, encoded)
     best = top_matches(similarity, k).numpy()
