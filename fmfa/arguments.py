@@ -31,7 +31,7 @@ def print_parameters(parameters: Iterable[Parameter]) -> None:
     """Print one line `name: type = default  # help` a parameter, and where paths start."""
     for parameter in parameters:
         print(f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}  # {parameter.help}")
-    print("# A relative path starts in the folder where the command is given; ~ is your home folder.")
+    print("# A relative path that you give starts where you are; ~ is your home folder.")
 
 
 def _from_file(path: str | None) -> dict[str, Any]:

@@ -100,6 +100,12 @@ def test_one_canonical_name(name, spellings):
         assert canonical_name(spelling) == name
 
 
+@given(st.text() | st.sampled_from(["RSTP_Reid", "simpedes station", "cuhk"]).map(str.upper))
+def test_a_canonical_name_is_its_own(text):
+    with suppress(ConfigError):
+        assert canonical_name(canonical_name(text)) == canonical_name(text)
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("RTSPReid", "RSTPReid"), ("IFCG-PEDES", "ICFG-PEDES"), ("CHUK-PEDES", "CUHK-PEDES"), ("SimPEDS-street", "SimP"),

@@ -182,7 +182,7 @@ def test_the_command_lists_every_parameter_with_help_choices_and_default(capsys)
     assert fmfa.train.main(["--help-parameters"]) == 0
     *lines, paths = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [setting.name for setting in fields(TrainConfig)]
-    assert paths.startswith("# A relative path starts")
+    assert paths.startswith("# A relative path that you give starts where you are")
     assert "precision: str = 'fp32'  # of the forward pass; one of 'fp32', 'bf16', 'fp16'" in lines
 
 

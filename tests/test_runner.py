@@ -315,7 +315,7 @@ def test_parameters_are_listed(write, capsys):
     assert main([str(write(CELL)), "--help-parameters"]) == 0
     listed = capsys.readouterr().out
     assert "learning_rate: float = 0.0003  # base rate\n" in listed
-    assert "A relative path starts in the folder where the command is given" in listed
+    assert "A relative path that you give starts where you are" in listed
 
 
 def _broken_kernel(folder: Path, monkeypatch, failures: int) -> None:
