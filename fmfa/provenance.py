@@ -1,6 +1,7 @@
 """Where a number came from: package versions, commit, device and a fingerprint of the data."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -32,16 +33,19 @@ def package_versions() -> dict[str, str | None]:
 def git_state(folder: str | Path | None = None) -> dict[str, str | bool | None]:
     """Commit and dirty flag of the checkout that `folder` (the project's by default) is the root of.
 
-    Both are None outside a checkout, without git, or (commit) before the first commit.
+    Both are None outside a checkout, without git, or (commit) before the first commit. A notebook counts by the code in
+    it: Jupyter rewrites the rest of a file that is only looked at.
     """
     root = Path(folder) if folder else Path(__file__).resolve().parent.parent
     top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():
+    if top is None or Path(top.rstrip("\n")).resolve() != root.resolve():
         return {"commit": None, "dirty": None}
-    status = _git(root, "status", "--porcelain")
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    status = _git(root, "status", "--porcelain", "-z", "--no-renames")
+    changed = [entry[3:] for entry in (status or "").split("\0") if entry]
     return {
-        "commit": _git(root, "rev-parse", "--verify", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "commit": commit and commit.rstrip("\n"),
+        "dirty": None if status is None else not all(_same_code(root, path) for path in changed),
     }
 
 
@@ -75,9 +79,27 @@ def data_fingerprint(dataset: Dataset, sample: int = 64) -> str:
     return digest.hexdigest()
 
 
-def _git(folder: Path, *command: str) -> str | None:
+def _same_code(root: Path, path: str) -> bool:
+    """Whether a changed file is a notebook whose code cells are those of the last commit."""
+    if not path.endswith(".ipynb"):
+        return False
     try:
-        result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=30)
+        now, before = (root / path).read_text(encoding="utf-8"), _git(root, "show", f"HEAD:{path}")
+        return before is not None and _code(now) == _code(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing, or no notebook
+        return False
+
+
+def _code(notebook: str) -> list[tuple[str, bool]]:
+    """Source of each code cell, and whether parameters are put behind it."""
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), "parameters" in cell["metadata"].get("tags", [])) for cell in cells]
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    settings = {"capture_output": True, "timeout": 30, "encoding": "utf-8", "errors": "surrogateescape"}
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *command], **settings)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None

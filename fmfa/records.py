@@ -1,24 +1,30 @@
-"""The run folder's records: what was run with which outcome, its metrics, and all runs of a folder."""
+"""The run folder's records: what was run with which outcome, and its metrics."""
 
 import contextlib
 import csv
-import json
 import os
 import socket
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 
-from fmfa.files import write_json
+from fmfa.errors import ConfigError, TrainingError
+from fmfa.files import flush, read_json, said_plainly, whole_file, write_json
 from fmfa.provenance import git_state, package_versions
 
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
+_FIELDS = {
+    **dict.fromkeys(("status", "started", "host", "device", "data"), str),
+    **dict.fromkeys(("process", "seed", "steps", "best_epoch"), int),
+    **dict.fromkeys(("config", "versions", "git"), dict),
+    **dict.fromkeys(("finished", "error"), str | None),
+    **{"resumed": list, "best": float | int | None},
+}
 
 
 @contextlib.contextmanager
@@ -31,10 +37,10 @@ def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
     written at its end.
 
     Raises:
+        TrainingError: the record cannot be written.
         Whatever the body raises.
     """
     path = Path(folder) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
     earlier = read_record(folder)
     record: dict[str, Any] = {
         **content,
@@ -48,7 +54,8 @@ def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
         "versions": package_versions(),
         "git": git_state(),
     }
-    write_json(path, record)
+    with _written(path):
+        write_json(path, record)
     try:
         yield record
     except BaseException as error:
@@ -60,7 +67,8 @@ def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
             write_json(path, record)
         raise
     record["status"], record["finished"] = "finished", _now()
-    write_json(path, record)
+    with _written(path):
+        write_json(path, record)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -69,85 +77,75 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {"status": "unreadable", "error": f"{path}: {error}"}
-    if not isinstance(record, dict):
-        return {"status": "unreadable", "error": f"{path}: expected an object, found {type(record).__name__}"}
+        record = read_json(path)
+        for name, kind in _FIELDS.items():
+            if name in record and not isinstance(record[name], kind):
+                raise ConfigError(f"{path}: {name} is {str(record[name])[:100]!r}; expected {kind}")
+        for name in ("started", "finished"):
+            datetime.fromisoformat(record.get(name) or _now())
+    except ValueError as error:
+        return {"status": "unreadable", "error": str(error)}
     return record
 
 
-def collect_runs(folder: str | Path, expected: Iterable[str] = ()) -> pd.DataFrame:
-    """One row a run below `folder`, whatever became of it.
-
-    Args:
-        folder: searched at any depth for run records, metrics files and checkpoint folders; direct
-            subfolders count as runs even when they are empty.
-        expected: run names (paths relative to `folder`) that should be there.
-
-    Returns:
-        Columns `run`, `status` (finished, failed, interrupted, running, died: its process is gone without
-        a word, missing: expected but not there, "no record", unreadable), `started`, `finished`, `error`,
-        and the scalars of the record's `config`. Sorted by `run`.
-    """
-    root = Path(folder)
-    marks = (*root.rglob(RECORD), *root.rglob(METRICS), *root.rglob("checkpoints"))
-    found = {mark.parent for mark in marks}
-    if root.is_dir():
-        children = {child for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")}
-        found |= {c for c in children if c.name != "checkpoints" and not any(c in f.parents for f in found)}
-    names = {path.relative_to(root).as_posix() for path in found if path != root or (root / RECORD).is_file()}
-    rows = []
-    for name in sorted(names | set(expected)):
-        record = read_record(root / name)
-        status = record.get("status", "no record" if name in names else "missing")
-        if status == "running" and record.get("host") == socket.gethostname():
-            status = "running" if psutil.pid_exists(record.get("process", -1)) else "died"
-        config = record.get("config")
-        row = {"run": name, "status": status}
-        row |= {key: record.get(key) for key in ("started", "finished", "error")}
-        rows.append(row | {k: v for k, v in (config or {}).items() if k not in row and _scalar(v)})
-    return pd.DataFrame(rows, columns=None if rows else ["run", "status", "started", "finished", "error"])
-
-
 class MetricsLog:
-    """The long-form metrics file of a run: one value a line, appended, cut back on resume."""
+    """The long-form metrics file of a run: one value a line, appended; a resumed run goes on with its checkpoint's."""
 
-    def __init__(self, folder: str | Path, size: int = 0) -> None:
-        """Open `metrics.csv` in `folder`, keeping its first `size` bytes (0 = start anew)."""
+    def __init__(self, folder: str | Path, kept: bytes = b"") -> None:
+        """Begin `metrics.csv` in `folder` with `kept`, what a checkpoint keeps of it (empty = start anew).
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
         self.path, self.run = Path(folder) / METRICS, Path(folder).name
-        if size and self.path.is_file():
-            os.truncate(self.path, size)
-        else:
-            with self.path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(METRIC_COLUMNS)
+        with _written(self.path), whole_file(self.path) as part:
+            part.write_bytes(kept or f"{','.join(METRIC_COLUMNS)}\n".encode())
 
     def add(self, split: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Append one line a value; `epoch` and `step` count what is complete (0 = before training)."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        """Append one line a value; `epoch` and `step` count what is complete (0 = before training).
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        with _written(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             rows = ((self.run, split, epoch, step, name, repr(float(v))) for name, v in values.items())
             csv.writer(file, lineterminator="\n").writerows(rows)
 
-    @property
-    def size(self) -> int:
-        """Bytes in the file, to be kept in a checkpoint."""
-        return self.path.stat().st_size
+    def flushed_size(self) -> int:
+        """Bytes in the file, once they are on disk.
+
+        Raises:
+            TrainingError: they cannot be written there.
+        """
+        with _written(self.path):
+            flush(self.path)
+            return self.path.stat().st_size
 
 
 def read_metrics(folder: str | Path) -> pd.DataFrame:
     """A run's metrics, columns run, split, epoch, step, metric, value; empty when there are none.
 
     A last line that a crash tore is left out.
+
+    Raises:
+        TrainingError: the file is damaged.
     """
     path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = list(csv.reader(lines[1:]))
-    table = pd.DataFrame(rows, columns=list(METRIC_COLUMNS))
-    return table.astype({"epoch": "int64", "step": "int64", "value": "float64"})
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        table = pd.DataFrame(list(csv.reader(lines[1:])), columns=list(METRIC_COLUMNS))
+        return table.astype({"epoch": "int64", "step": "int64", "value": "float64"})
+    except (OSError, ValueError, csv.Error) as error:
+        raise TrainingError(
+            f"{path} is damaged ({error}); put the copy in its place that lies in the run's checkpoints/last-*"
+        ) from error
 
 
-def _scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
+def _written(path: Path) -> contextlib.AbstractContextManager[None]:
+    return said_plainly(
+        f"{path} cannot be written; start the same run again when it can be, and it goes on from its last checkpoint",
+        TrainingError,
+    )
 
 
 def _now() -> str:

@@ -18,9 +18,10 @@ import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
+import fmfa.errors
 from fmfa.arguments import add_parameter_options, given_parameters, print_parameters
 from fmfa.errors import ConfigError
-from fmfa.files import whole_file
+from fmfa.files import said_plainly, whole_file
 from fmfa.parameters import notebook_parameters, resolve_parameters
 
 KERNEL = "python3"
@@ -46,7 +47,7 @@ def run_notebook(
 
     Beside `output` lie afterwards, on failure too, the record (`status_path`) and an HTML page. The record
     is there from the start with status "running", so that a killed run shows. A kernel that does not start
-    is tried once more; a cell that fails is not.
+    is tried once more; a cell that fails is not. With bad parameters nothing is made or changed.
 
     Args:
         notebook: the notebook to run; it is not changed.
@@ -63,13 +64,15 @@ def run_notebook(
         given (the parameters as given), parameters (all of them, resolved), kernel_starts.
 
     Raises:
-        ConfigError: unknown parameter, value of another type, or `output` is not a notebook of its own.
+        ConfigError: unknown parameter, value of another type, or `output` is not a notebook of its own or cannot be
+            written.
         papermill.PapermillExecutionError: a cell failed.
     """
     notebook, output = Path(notebook).absolute(), Path(output).absolute()
     if output.suffix != ".ipynb" or output.resolve() == notebook.resolve():
         raise ConfigError(f"the output {output} must be an .ipynb file other than the notebook itself")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    given = dict(parameters or {})
+    resolved = resolve_parameters(notebook_parameters(notebook), given)
     record: dict[str, Any] = {
         "notebook": str(notebook),
         "output": str(output),
@@ -78,15 +81,16 @@ def run_notebook(
         "error": None,
         "started": _now(),
         "finished": None,
-        "given": dict(parameters or {}),
-        "parameters": None,
+        "given": given,
+        "parameters": resolved,
         "kernel_starts": 0,
     }
-    for stale in (output, output.with_suffix(".html")):
-        stale.unlink(missing_ok=True)
-    try:
-        record["parameters"] = resolve_parameters(notebook_parameters(notebook), record["given"])
+    with said_plainly(f"{output} cannot be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (output, output.with_suffix(".html")):
+            stale.unlink(missing_ok=True)
         _write(record)
+    try:
         _execute(record, timeout, progress)
         record["status"] = "finished"
     except BaseException as error:
@@ -125,7 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # cell, kernel, time limit
-        print(f"error: {error}\nrecord: {status_path(options.output)}", file=sys.stderr)
+        told = error.evalue if _is_ours(error) else error
+        print(f"error: {told}\nrecord: {status_path(options.output)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {options.output} cannot be written: {error}", file=sys.stderr)
         return 1
     print(record["html"])
     return 0
@@ -183,6 +191,11 @@ def _export_html(output: Path) -> Path:
     target = output.with_suffix(".html")
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a cell ended with an error that is written for users, who need no traceback then."""
+    return hasattr(fmfa.errors, getattr(error, "ename", ""))
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

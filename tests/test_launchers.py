@@ -207,6 +207,14 @@ def test_bad_parameters_are_refused_by_one_process_before_anything_is_written(
     assert not folder.exists()
 
 
+def test_a_run_folder_that_cannot_be_made_is_a_bad_parameter(unlaunched, tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    given = ["-p", "root", str(tiny.images.parent), "-p", "device", "cpu"]
+    for method in ("clip", "ivt"):
+        assert fmfa.train.main([str(tmp_path / "file" / "run"), "-p", "method", method, *given]) == 2
+        assert capsys.readouterr().err.startswith(f"error: the run folder {tmp_path / 'file' / 'run'} cannot be made")
+
+
 def test_errors_of_a_training_say_which_process_had_them(unlaunched, tmp_path, capsys):
     given = ["-p", "dataset", "CUHK-PEDES", "-p", "root", str(tmp_path)]
     assert fmfa.train.main([str(tmp_path / "run"), *given]) == 1

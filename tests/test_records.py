@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from fmfa.data.annotations import Dataset
+from fmfa.errors import TrainingError
 from fmfa.files import write_json
 from fmfa.provenance import data_fingerprint, device_name, git_state, package_versions
-from fmfa.records import MetricsLog, collect_runs, read_metrics, read_record, run_record
+from fmfa.records import MetricsLog, read_metrics, read_record, run_record
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -103,6 +104,48 @@ def test_git_state_follows_the_checkout(tmp_path):
     assert git_state(tmp_path / "absent") == nowhere
 
 
+def test_a_notebook_that_was_only_opened_leaves_the_commit_clean(tmp_path):
+    def write(name, cells, **metadata):
+        text = json.dumps(
+            {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, ensure_ascii=False
+        )
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def cell(source, kind="code", tags=(), **more):
+        return {"cell_type": kind, "metadata": {"tags": list(tags)}, "source": source, **more}
+
+    parameters, body, words = cell("a: int = 1", tags=["parameters"]), cell(["x = 1\n", "x"]), cell("# é", "markdown")
+    git(tmp_path, "init", "-q")
+    names = ("one.ipynb", " two  é.ipynb")  # git quotes such a name
+    for name in names:
+        write(name, [parameters, words, body])
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "first")
+    looked_at = cell("x = 1\nx", execution_count=3, outputs=[{"output_type": "stream", "text": "1"}], id="a1")
+    for name in names:
+        write(name, [parameters, cell("# other words", "markdown"), looked_at], kernelspec={"name": "python3"})
+    assert git_state(tmp_path)["dirty"] is False
+    for cells in (
+        [parameters, words, cell("x = 2")],
+        [parameters, words],
+        [words, body, parameters],
+        [cell("a: int = 1"), words, body],
+        [parameters, words, body, cell("y")],
+        [parameters, words, cell("x = 1\nx", "raw")],
+    ):
+        write(names[1], cells)
+        assert git_state(tmp_path)["dirty"] is True, cells
+    for content in ("", "null", "[]", "[" * 100_000, '{"cells": 3}', '{"cells": [3]}', "\ud800"):
+        (tmp_path / names[1]).write_bytes(content.encode("utf-8", "surrogatepass"))
+        assert git_state(tmp_path)["dirty"] is True, content
+    (tmp_path / names[1]).unlink()
+    assert git_state(tmp_path)["dirty"] is True
+    write(names[1], [parameters, body])
+    assert git_state(tmp_path)["dirty"] is False
+    write("new.ipynb", [body])
+    assert git_state(tmp_path)["dirty"] is True
+
+
 def test_git_state_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(tmp_path) == {"commit": None, "dirty": None}
@@ -145,51 +188,18 @@ def test_the_fingerprint_does_not_join_neighbouring_values(dataset):
     assert data_fingerprint(dataset) != data_fingerprint(Dataset("toy", dataset.images, table))
 
 
-def test_collecting_lists_every_run_whatever_became_of_it(tmp_path):
-    def run(name, error=None):
-        with run_record(tmp_path / name, config={"method": "irra", "seed": 1, "sizes": [1]}):
-            if error:
-                raise error
-
-    run("study/good")
-    for name, error in (("bad", ValueError("broke")), ("stopped", KeyboardInterrupt())):
-        with pytest.raises(type(error)):
-            run(name, error)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / "half" / "checkpoints" / "last-00000001").mkdir(parents=True)
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "run.json").write_text('{"status": "fini')
-    for name, process in (("killed", 2**30), ("alive", os.getpid())):
-        run(name)
-        record = read_record(tmp_path / name) | {"status": "running", "process": process}
-        write_json(tmp_path / name / "run.json", record)
-    table = collect_runs(tmp_path, expected=["study/good", "study/never"]).set_index("run")
-    assert table["status"].to_dict() == {
-        "alive": "running",
-        "bad": "failed",
-        "empty": "no record",
-        "half": "no record",
-        "killed": "died",
-        "stopped": "interrupted",
-        "study/good": "finished",
-        "study/never": "missing",
-        "torn": "unreadable",
-    }
-    assert table.loc["study/good", ["method", "seed"]].tolist() == ["irra", 1]
-    assert table.loc["bad", "error"] == "ValueError: broke"
-    assert "sizes" not in table
-
-
-def test_collecting_an_absent_folder_gives_an_empty_table(tmp_path):
-    assert collect_runs(tmp_path / "absent").empty
-    assert collect_runs(tmp_path / "absent", ["a"])["status"].tolist() == ["missing"]
+@pytest.mark.parametrize("content", [b"a\n\xff\n", b"a\nr,val,1,2,R@1\n", b"a\nr,val,1,2,R@1,x\n", b"a\n\0\0\n"])
+def test_damaged_metrics_are_one_sentence(content, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"metrics\.csv is damaged .*copy in its place"):
+        read_metrics(tmp_path)
 
 
 def test_metrics_are_long_and_cut_back_on_resume(tmp_path):
     log = MetricsLog(tmp_path)
     log.add("train", 1, 10, {"loss": 1 / 3, "R@1, half": 2})
-    size = log.size
+    kept = log.path.read_bytes()
+    assert log.flushed_size() == len(kept)
     log.add("val", 1, 10, {"R@1": 50.0})
     with log.path.open("a") as file:
         file.write("run,val,2,2")  # a torn line
@@ -197,7 +207,7 @@ def test_metrics_are_long_and_cut_back_on_resume(tmp_path):
     assert table["metric"].tolist() == ["loss", "R@1, half", "R@1"]
     assert table["value"].tolist() == [1 / 3, 2.0, 50.0]
     assert table["epoch"].dtype == "int64"
-    MetricsLog(tmp_path, size).add("val", 1, 10, {"R@1": 60.0})
+    MetricsLog(tmp_path, kept).add("val", 1, 10, {"R@1": 60.0})
     assert read_metrics(tmp_path)["value"].tolist() == [1 / 3, 2.0, 60.0]
     MetricsLog(tmp_path)
     assert read_metrics(tmp_path).empty

@@ -297,18 +297,40 @@ def test_a_failing_cell_keeps_the_notebook_and_says_so(write, tmp_path, capsys):
     assert "disk &lt;full&gt;" in Path(record["html"]).read_text()
 
 
-def test_bad_parameters_are_recorded_and_nothing_runs(write, tmp_path, capsys):
-    notebook, output = write(CELL), tmp_path / "out.ipynb"
-    output.write_text("an earlier run")
-    assert main([str(notebook), str(output), "-p", "epoch", "8"]) == 2
+def test_bad_parameters_change_nothing(write, tmp_path, capsys):
+    notebook, output = write(CELL), tmp_path / "runs" / "out.ipynb"
+    for given in (["-p", "epoch", "8"], ["-p", "epochs", "many"], ["-f", str(tmp_path / "none.yml")]):
+        assert main([str(notebook), str(output), *given]) == 2
+        assert not output.parent.exists()
     assert "did you mean epochs?" in capsys.readouterr().err
-    assert not output.exists()
-    record = json.loads(status_path(output).read_text())
-    assert (record["status"], record["kernel_starts"]) == ("failed", 0)
-    assert "unknown parameter 'epoch'" in record["error"]["message"]
+    output.parent.mkdir()
+    earlier = {path: path.name for path in (output, output.with_suffix(".html"), status_path(output))}
+    for path, text in earlier.items():
+        path.write_text(text)
+    assert main([str(notebook), str(output), "-p", "epoch", "8"]) == 2
+    assert {path: path.read_text() for path in output.parent.iterdir()} == earlier
     with pytest.raises(ConfigError, match="other than the notebook itself"):
         run_notebook(notebook, notebook)
-    assert main([str(notebook), str(output), "-f", str(tmp_path / "none.yml")]) == 2
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(write, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([str(write(CELL)), str(tmp_path / "file" / "out.ipynb")]) == 2
+    (tmp_path / "out.ipynb").mkdir()
+    assert main([str(write(CELL)), str(tmp_path / "out.ipynb")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" cannot be written: ")[0] for line in lines] == [
+        f"error: {tmp_path / 'file' / 'out.ipynb'}",
+        f"error: {tmp_path / 'out.ipynb'}",
+    ]
+
+
+def test_an_error_for_users_is_told_without_a_traceback(write, tmp_path, capsys):
+    notebook = write(CELL, "from fmfa.errors import TrainingError\nraise TrainingError('the disk is full; make room')")
+    output = tmp_path / "out.ipynb"
+    assert main([str(notebook), str(output)]) == 1
+    assert capsys.readouterr().err == f"error: the disk is full; make room\nrecord: {status_path(output)}\n"
+    assert json.loads(status_path(output).read_text())["error"]["type"] == "TrainingError"
 
 
 def test_parameters_are_listed(write, capsys):

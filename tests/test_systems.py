@@ -26,7 +26,7 @@ from fmfa.systems.clip import TINY_BACKBONE
 from fmfa.systems.ivt import TINY_VOCABULARY
 from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.batches import TableBatches, describe_levels
-from fmfa.training.checkpoints import epoch_checkpoints
+from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints, selected_checkpoint
 from fmfa.training.config import TrainConfig
 from fmfa.weights.own import load_retriever, save_checkpoint
 
@@ -203,6 +203,25 @@ def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path,
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     before = load_start(tmp_path / "parts", open_dataset("SimPEDES-street", root)).model.state_dict()
     assert any(not torch.equal(value, states[1][name]) for name, value in before.items())
+
+
+def test_a_damaged_run_is_not_opened(root, backbone, tmp_path):
+    run_training(ivt(root, backbone), tmp_path)
+    path = selected_checkpoint(tmp_path) / WEIGHTS
+    good = path.read_bytes()
+    for source in (tmp_path, path):
+        for place in (len(good) // 2, len(good) - 1):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(
+                CheckpointError, match=r"model.safetensors is damaged: its SHA-256 begins with \w+, exp"
+            ):
+                load_system(source)
+    path.write_bytes(good)
+    load_system(tmp_path)
+    for content in ("null", "[1]", "[" * 100_000, '{"method": 3}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(TrainingError, match=r"config.json is no run's configuration"):
+            load_start(path, open_dataset("SimPEDES-street", root))
 
 
 def test_epochs_kept_are_scored_on_the_split_that_is_asked_for(root, backbone, tmp_path):

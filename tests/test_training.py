@@ -1,7 +1,11 @@
+import contextlib
 import csv
 import errno
+import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from toy_training import (
     TOKENIZER,
@@ -23,13 +29,12 @@ from toy_training import (
     write_pairs,
 )
 
-import fmfa.training.checkpoints
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
 from fmfa.records import read_metrics, read_record
-from fmfa.training import train
-from fmfa.training.checkpoints import epoch_checkpoints, find_checkpoint, read_state, selected_checkpoint
+from fmfa.training import run_config, train
+from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints, find_checkpoint, read_state, selected_checkpoint
 from fmfa.training.config import TrainConfig
 from fmfa.training.gradients import gradient_norms
 from fmfa.training.optimizer import build_optimizer, learning_rate, parameter_groups, rate_factor
@@ -156,33 +161,313 @@ def test_every_epoch_is_kept_on_request_through_a_crash(calls, whole, tmp_path):
     assert epoch_checkpoints(whole) == {}
 
 
-@pytest.mark.parametrize("write", [1, 2, 4, 5, 8, 11])
-def test_a_crash_while_a_checkpoint_is_written_costs_only_the_steps_since(write, whole, tmp_path, monkeypatch):
-    """Crash in the middle of every write of the run, once before and once after the folder's renaming."""
-    folder, count, real = tmp_path / "toy", 0, os.replace
+NAMES, OTHERS = ("mkdir", "replace", "unlink", "rmdir"), ("open", "fsync", "chmod")
 
-    def crash(source, target):
-        nonlocal count
-        if Path(target).parent.name == "checkpoints":
-            count += 1
-            if count == write and write % 2:
-                raise Crash
-            real(source, target)
-            if count == write:
-                raise Crash
-        else:
-            real(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fmfa.training.checkpoints.os, "replace", crash)
-        with pytest.raises(Crash):
-            toy_fit(folder, log_gradients_every=4)
-    toy_fit(folder, log_gradients_every=4)
+def die_at(patch, number):
+    """End the process, as it were, at its change of a name `number`: nothing later reaches the disk either."""
+    count = 0
+
+    def mortal(name, real):
+        def operation(*arguments, **options):
+            nonlocal count
+            count += name in NAMES
+            if count >= number:
+                raise Crash
+            return real(*arguments, **options)
+
+        return operation
+
+    for name in (*NAMES, *OTHERS):
+        patch.setattr(os, name, mortal(name, getattr(os, name)))
+
+
+def assert_same_run(folder, whole):
     assert last_weights(folder) == last_weights(whole)
     assert metric_rows(folder) == metric_rows(whole)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
-        p.name for p in (whole / "checkpoints").iterdir()
-    )
+    names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (folder, whole)]
+    assert names[0] == names[1]
+    assert (selected_checkpoint(folder) / WEIGHTS).read_bytes() == (selected_checkpoint(whole) / WEIGHTS).read_bytes()
+    assert read_record(folder)["status"] == "finished"
+
+
+def test_a_kill_between_file_operations_costs_only_the_steps_since(tmp_path, monkeypatch):
+    """Every third place of a run is tried; the folder is then started again as it is."""
+    short = {"size": 12, "checkpoint_every": 1, "epochs": 2}
+    toy_fit(tmp_path / "whole" / "toy", **short)
+    for number in itertools.count(1, 3):
+        folder = tmp_path / str(number) / "toy"
+        with monkeypatch.context() as patch:
+            die_at(patch, number)
+            try:
+                toy_fit(folder, **short)
+                break
+            except Crash:
+                pass
+        toy_fit(folder, **short)
+        assert_same_run(folder, tmp_path / "whole" / "toy")
+    assert number > 60
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "toy"
+    for number in itertools.count(20, 4):
+        with monkeypatch.context() as patch:
+            die_at(patch, number)
+            try:
+                toy_fit(folder, log_gradients_every=4)
+                break
+            except Crash:
+                pass
+    assert len(read_record(folder)["resumed"]) > 5
+    assert_same_run(folder, whole)
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """A run that stopped after step 9 of 18 and has a best checkpoint."""
+    with pytest.raises(Crash):
+        toy_fit(tmp_path / "toy", CrashingModel(9), log_gradients_every=4)
+    return tmp_path / "toy"
+
+
+def resume(folder):
+    toy_fit(folder, log_gradients_every=4)
+
+
+def test_a_folder_without_its_record_is_no_checkpoint(whole, interrupted):
+    checkpoints = interrupted / "checkpoints"
+    for name in ("best-00000001", "last-00000099", "epoch-00000003"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / WEIGHTS).write_bytes(b"left by a kill")
+    (checkpoints / ".best-00000006.old").mkdir()
+    (checkpoints / "notes").mkdir()  # the user's own
+    resume(interrupted)
+    (checkpoints / "notes").rmdir()
+    assert_same_run(interrupted, whole)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "optimizer.pt", "metrics.csv", "state.json", f"best {WEIGHTS}"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.99])
+def test_a_flipped_bit_is_found_before_training_goes_on(file, place, interrupted):
+    kind, _, name = f"last {file}".rpartition(" ")
+    path = find_checkpoint(interrupted, kind.split()[-1]) / name
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file() and "run" not in path.name}
+    with pytest.raises(CheckpointError, match=rf"{name}.*(is damaged|cannot be read|expected).*begins anew"):
+        resume(interrupted)
+    assert before == {path: path.read_bytes() for path in before}
+    shutil.rmtree(interrupted / "checkpoints")  # as the message says
+    resume(interrupted)
+    assert read_record(interrupted)["status"] == "finished"
+
+
+def test_no_flipped_bit_of_the_state_changes_what_is_read(interrupted):
+    path = find_checkpoint(interrupted, "last") / "state.json"
+    good, state = path.read_bytes(), read_state(path.parent)
+    for place in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            with contextlib.suppress(CheckpointError):
+                assert read_state(path.parent) == state  # such as an E of an exponent
+
+
+def as_before_checksums(folder):
+    """Make a run's checkpoints those of an earlier version: no checksums, and no copy of the metrics."""
+    for path in folder.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        del state["sha256"]
+        path.write_text(json.dumps(state))
+        (path.parent / "metrics.csv").unlink(missing_ok=True)
+
+
+def test_checkpoints_of_an_earlier_version_go_on(whole, interrupted):
+    as_before_checksums(interrupted)
+    resume(interrupted)
+    assert_same_run(interrupted, whole)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"run,split,epo", b"\0" * 9000, b"x" * 9000])
+def test_lost_or_damaged_metrics_are_rebuilt_on_resume(content, whole, interrupted):
+    path = interrupted / "metrics.csv"
+    path.unlink() if content is None else path.write_bytes(content)
+    resume(interrupted)
+    assert_same_run(interrupted, whole)
+
+
+@pytest.mark.parametrize("content", [None, b"run,split,epo"])
+def test_metrics_that_an_earlier_version_lost_are_said_to_be_lost(content, interrupted):
+    as_before_checksums(interrupted)
+    path = interrupted / "metrics.csv"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"metrics.csv has \d+ of the [\d,]+ bytes .* last-00000008 .* are lost"):
+        resume(interrupted)
+
+
+def test_a_lost_best_checkpoint_is_an_error_and_not_the_last_one(interrupted):
+    shutil.rmtree(find_checkpoint(interrupted, "best"))
+    for action in (resume, selected_checkpoint):
+        with pytest.raises(CheckpointError, match="has lost its best checkpoint, of epoch 1"):
+            action(interrupted)
+
+
+def test_a_second_training_in_a_run_folder_is_refused(whole, tmp_path):
+    def validate(model):
+        with pytest.raises(TrainingError, match=rf"toy is in use by process {os.getpid()} on "):
+            resume(tmp_path / "toy")
+        return toy_validation(model)
+
+    toy_fit(tmp_path / "toy", validate=validate, log_gradients_every=4)
+    assert_same_run(tmp_path / "toy", whole)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("name", "number"), [("run.json", 1), ("run.json", 2), ("config.json", 1), ("metrics.csv", 1)])
+def test_a_full_disk_at_a_record_is_one_sentence_and_loses_nothing(name, number, whole, tmp_path, monkeypatch):
+    folder, count, real = tmp_path / "toy", 0, os.replace
+
+    def full(source, target):
+        nonlocal count
+        count += Path(target).parent == folder and Path(target).name == name
+        if count == number and Path(target).name == name:
+            raise FULL
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(TrainingError, match=rf"{name} cannot be written.*: No space left"):
+            resume(folder)
+    resume(folder)
+    assert_same_run(folder, whole)
+
+
+def test_a_full_disk_at_a_line_of_metrics_is_one_sentence_and_loses_nothing(whole, tmp_path):
+    class Filling(ToyModel):
+        def forward(self, batch):
+            if self.calls == 11:
+                (tmp_path / "toy" / "metrics.csv").unlink()
+                (tmp_path / "toy" / "metrics.csv").symlink_to("/dev/full")
+            return super().forward(batch)
+
+    with pytest.raises(TrainingError, match=r"metrics.csv cannot be written; .*last checkpoint: No space left"):
+        toy_fit(tmp_path / "toy", Filling(), log_gradients_every=4)
+    resume(tmp_path / "toy")
+    assert_same_run(tmp_path / "toy", whole)
+
+
+def test_a_run_folder_that_cannot_be_made_or_written_to_is_one_sentence(whole, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run folder .*file/toy cannot be made: Not a directory"):
+        toy_fit(tmp_path / "file" / "toy")
+
+    real = os.open
+
+    def read_only(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *arguments, **options)
+
+    (tmp_path / "toy").mkdir()
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(TrainingError, match="toy cannot be written to: Read-only file system"):
+        toy_fit(tmp_path / "toy")
+    resume(whole)  # which is finished
+
+
+NO_RECORDS = ["null", "[]", "3", '"x"', "{", "[" * 100_000, '{"a": ' * 100_000, "\0"]
+
+
+@pytest.mark.parametrize(
+    "content", [*NO_RECORDS, '{"epochs": null}', '{"epochs": [1]}', '{"learning_rate": 1' + "0" * 400]
+)
+def test_a_damaged_configuration_is_one_sentence(content, interrupted):
+    (interrupted / "config.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"config.json is no run's configuration \("):
+        resume(interrupted)
+
+
+@pytest.mark.parametrize("content", [*NO_RECORDS, '{"status": null}', '{"status": "finished", "started": 3}'])
+def test_a_damaged_record_is_one_sentence_and_the_run_goes_on_without(content, whole, interrupted):
+    path = interrupted / "run.json"
+    path.write_text(content)
+    with pytest.raises(TrainingError, match=r"run.json.*\. Restore it, or delete it"):
+        resume(interrupted)
+    path.unlink()
+    resume(interrupted)
+    assert_same_run(interrupted, whole)
+
+
+@pytest.mark.parametrize("content", [*NO_RECORDS, "{}", *(f'{{"best": {x}}}' for x in ("null", "[]", "NaN"))])
+def test_a_damaged_state_is_one_sentence(content, interrupted):
+    path = find_checkpoint(interrupted, "last") / "state.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json.*begins anew"):
+        resume(interrupted)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x, max_size=3)
+)
+FIELDS = (
+    "epoch",
+    "batch",
+    "step",
+    "best",
+    "best_epoch",
+    "sums",
+    "metrics_size",
+    "sha256",
+    "status",
+    "started",
+    "config",
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON | st.dictionaries(st.text(), JSON, max_size=3)))
+def test_states_and_records_of_any_values_are_read_or_refused(changes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    good = {"epoch": 1, "batch": 0, "step": 6, "best": 0.5, "best_epoch": 1, "sums": {}, "metrics_size": 9}
+    for name in ("state.json", "run.json", "config.json"):
+        (folder / name).write_text(json.dumps(good | changes))
+    with contextlib.suppress(CheckpointError):
+        assert read_state(folder).step >= 0
+    with contextlib.suppress(TrainingError):
+        run_config(folder)
+    record = read_record(folder)
+    assert isinstance(record.get("status", ""), str)
+    assert isinstance(record.get("config", {}), dict)
+
+
+@pytest.mark.parametrize("found", [math.nan, math.inf, ValueError("a similarity is not finite")])
+def test_a_validation_that_is_not_finite_says_where(found, tmp_path):
+    scores = iter([10.0, 20.0, found])
+
+    def validate(model):
+        score = next(scores)
+        if isinstance(score, ValueError):
+            raise score
+        return {"R@1": score}
+
+    said = r"R@1 of the validation after epoch 2, step 12 is (nan|inf).*learning rate 0.05 in fp32"
+    with pytest.raises(TrainingError, match=said):
+        toy_fit(tmp_path, validate=validate)
+    assert find_checkpoint(tmp_path, "last").name == "last-00000010"
+
+
+def test_a_statistic_that_is_not_finite_is_named(tmp_path):
+    class Broken(ToyModel):
+        def forward(self, batch):
+            output = super().forward(batch)
+            if self.calls == 5:
+                output.stats["noise"] = torch.tensor(math.inf)
+            return output
+
+    with pytest.raises(TrainingError, match=r"the statistic noise is not finite .*epoch 1, step 5"):
+        toy_fit(tmp_path, Broken())
 
 
 def test_a_process_killed_from_outside_resumes_to_the_same_bytes(whole, tmp_path):
@@ -219,7 +504,7 @@ def test_both_systems_resume_bit_identically_on_real_pictures(run, model_class, 
         patch.setattr(model_class, "forward", crash)
         with pytest.raises(Crash):
             run(tmp_path / "b" / "run", pictures, **changes)
-    assert read_state(find_checkpoint(tmp_path / "b" / "run", "last"))["batch"] == 1
+    assert read_state(find_checkpoint(tmp_path / "b" / "run", "last")).batch == 1
     run(tmp_path / "b" / "run", pictures, **changes)
     assert last_weights(tmp_path / "a" / "run") == last_weights(tmp_path / "b" / "run")
     weights, record = read_checkpoint(find_checkpoint(tmp_path / "a" / "run", "last") / "model.safetensors")
@@ -483,8 +768,8 @@ def test_half_precision_on_a_cpu_is_refused_and_bfloat16_runs(tmp_path):
 
 def test_the_checkpoint_state_says_where_the_run_stands(whole):
     state = read_state(find_checkpoint(whole, "last"))
-    assert (state["epoch"], state["batch"], state["step"]) == (3, 0, 18)
-    assert state["metrics_size"] == (whole / "metrics.csv").stat().st_size
+    assert (state.epoch, state.batch, state.step) == (3, 0, 18)
+    assert state.metrics_size == (whole / "metrics.csv").stat().st_size
     weights = load_file(find_checkpoint(whole, "last") / "model.safetensors")
     assert set(weights) == set(ToyModel().state_dict())
 

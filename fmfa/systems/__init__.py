@@ -16,13 +16,14 @@ from fmfa.data.transforms import ImageTransform, fmfa_evaluation, ivt_evaluation
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.evaluation import Evaluation, evaluate
+from fmfa.files import said_plainly
 from fmfa.models.ivt import IvtRetriever
 from fmfa.systems.clip import TINY_WEIGHTS, build_clip_model, clip_tokenizer_of, load_clip_start
 from fmfa.systems.ivt import build_ivt_model, ivt_tokenizer, load_ivt_start
 from fmfa.text.tokens import Tokenizer
 from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
-from fmfa.training import CONFIG, train
-from fmfa.training.checkpoints import WEIGHTS, selected_checkpoint
+from fmfa.training import CONFIG, run_config, train
+from fmfa.training.checkpoints import STATE, WEIGHTS, checked, selected_checkpoint
 from fmfa.training.config import TrainConfig
 from fmfa.weights.loading import LoadReport
 from fmfa.weights.own import load_retriever
@@ -83,7 +84,7 @@ def load_system(source: str | Path = "", device: str = "cpu") -> System:
         device: where it works: auto (a GPU where there is one), cpu or cuda.
 
     Raises:
-        CheckpointError: nothing of that kind there.
+        CheckpointError: nothing of that kind there, or it is damaged.
         ConfigError: no such device, or the vocabulary of an IVT is neither in its run folder nor known by its size.
     """
     path = Path(source) if source else TINY_WEIGHTS
@@ -91,6 +92,8 @@ def load_system(source: str | Path = "", device: str = "cpu") -> System:
         path = selected_checkpoint(path) / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a run folder or a .safetensors checkpoint of this project")
+    if (path.parent / STATE).is_file():
+        checked(path.parent, path.name)
     model, _ = load_retriever(path)
     run = _run_of(path)
     kept = run / VOCABULARY if run else None
@@ -107,11 +110,12 @@ def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> Sys
 
     Raises:
         CheckpointError: the starting weights are no longer there.
+        TrainingError: the run's configuration is damaged.
     """
     run = _run_of(Path(source))
     if run is None:
         return None
-    system = build_system(_config_of(run), dataset)
+    system = build_system(run_config(run), dataset)
     system.model.to(choose_device(device))
     return system
 
@@ -160,8 +164,9 @@ def open_test_data(
     Raises:
         ConfigError: the seeds of the runs and `data_seed` differ, or see `open_dataset`.
         AnnotationError: the data set cannot be read, or is another one than `dataset`.
+        TrainingError: a run's configuration is damaged.
     """
-    configs = {str(run): _config_of(run) for run in map(_run_of, map(Path, filter(None, sources))) if run}
+    configs = {str(run): run_config(run) for run in map(_run_of, map(Path, filter(None, sources))) if run}
     seeds = {run: config.data_seed for run, config in configs.items()}
     seeds |= {"data_seed": data_seed} if data_seed >= 0 else {}
     if len(set(seeds.values())) > 1:
@@ -195,14 +200,11 @@ def _system(model: nn.Module, vocabulary: str | Path, report: LoadReport | None 
 def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
     path = folder / VOCABULARY
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
+        with said_plainly(f"the run folder {folder} cannot be made or written to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(path)
     elif wordpiece_tokenizer(path).vocabulary != tokenizer.vocabulary:
         raise TrainingError(f"{path} is the vocabulary of another run; give a new folder, or that run's vocabulary")
-
-
-def _config_of(run: Path) -> TrainConfig:
-    return TrainConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
 
 
 def _run_of(path: Path) -> Path | None:

@@ -1,7 +1,6 @@
 """Training a retrieval model: one call for any model, on a CPU, one GPU or several, resumable anywhere."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from torch import nn
 from fmfa.check import check_dataset
 from fmfa.data.annotations import Dataset
 from fmfa.devices import repeatable
-from fmfa.errors import TrainingError
-from fmfa.files import write_json
+from fmfa.errors import ConfigError, TrainingError
+from fmfa.files import held_folder, read_json, said_plainly, write_json
 from fmfa.provenance import data_fingerprint, device_name
 from fmfa.records import read_record, run_record
 from fmfa.text.tokens import Tokenizer
@@ -59,28 +58,36 @@ def fit(
         The run folder.
 
     Raises:
-        ConfigError: the machine cannot do what the configuration asks.
-        TrainingError: the folder holds another run, the loss or its gradient is not finite.
-        CheckpointError: a checkpoint cannot be written or read.
+        ConfigError: the machine cannot do what the configuration asks, or the folder cannot be made.
+        TrainingError: the folder holds another run, another process trains in it, it cannot be written to, or the loss,
+            its gradient or the validation is not finite.
+        CheckpointError: a checkpoint cannot be written, or is damaged.
         KeyboardInterrupt: Ctrl-C, with a message that says where the run will go on.
     """
     config, folder = config.resolved(), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _refuse_other_run(config, folder, data)
     if read_record(folder).get("status") == "finished":
         return folder
     accelerator = build_accelerator(config, folder)
-    record: contextlib.AbstractContextManager = contextlib.nullcontext({})
-    if accelerator.is_main_process:
-        write_json(folder / CONFIG, config.to_dict())
-        about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
-        record = run_record(folder, config=config.to_dict(), processes=accelerator.num_processes, **about)
-    with record as notes, repeatable(accelerator.device), _restored(accelerator, model):
+    with said_plainly(f"the run folder {folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        notes = {}
+        if accelerator.is_main_process:
+            held.enter_context(held_folder(folder, TrainingError))
+            with said_plainly(f"{folder / CONFIG} cannot be written", TrainingError):
+                write_json(folder / CONFIG, config.to_dict())
+            about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
+            about |= {"config": config.to_dict(), "processes": accelerator.num_processes}
+            notes = held.enter_context(run_record(folder, **about))
+        held.enter_context(repeatable(accelerator.device))
+        held.enter_context(_restored(accelerator, model))
         share = batches(accelerator.process_index, accelerator.num_processes)
         loop = TrainingLoop(config, model, share, folder, validate, accelerator)
         if config.tensorboard:
             purge = {"purge_step": loop.progress.step}
-            accelerator.init_trackers("", init_kwargs={"tensorboard": purge})
+            with said_plainly(f"{folder / 'logs'} cannot be written", TrainingError):
+                accelerator.init_trackers("", init_kwargs={"tensorboard": purge})
         try:
             loop.run()
         except KeyboardInterrupt:
@@ -126,21 +133,35 @@ def train(
     return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset))
 
 
-def _refuse_other_run(config: TrainConfig, folder: Path, data: str) -> None:
-    path = folder / CONFIG
-    if not path.is_file():
-        return
+def run_config(folder: str | Path) -> TrainConfig:
+    """The resolved configuration that a run folder keeps.
+
+    Raises:
+        TrainingError: there is none, or it is damaged.
+    """
+    path = Path(folder) / CONFIG
     try:
         # resolved once more, so that a run from before a setting existed has that setting's default
-        kept = TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).resolved().to_dict()
-    except ValueError as error:
+        return TrainConfig.from_dict(read_json(path)).resolved()
+    except ConfigError as error:
         raise TrainingError(f"{path} is no run's configuration ({error}); take another run folder") from error
+
+
+def _refuse_other_run(config: TrainConfig, folder: Path, data: str) -> None:
+    if not (folder / CONFIG).is_file():
+        return
+    kept, record = run_config(folder).to_dict(), read_record(folder)
+    if record.get("status") == "unreadable":
+        raise TrainingError(
+            f"{record['error']}. Restore it, or delete it: the run then goes on, but nothing tells whether it was "
+            "started on these data"
+        )
     differ = [
-        f"{name} {kept.get(name)!r} there, {value!r} now"
+        f"{name} {kept[name]!r} there, {value!r} now"
         for name, value in config.to_dict().items()
-        if name not in FREE and kept.get(name) != value
+        if name not in FREE and kept[name] != value
     ]
-    known = read_record(folder).get("data", data)
+    known = record.get("data", data)
     if known != data:
         differ.append(f"data fingerprint {known[:12]!r} there, {data[:12]!r} now")
     if differ:
@@ -157,6 +178,7 @@ def _restored(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for tracker in accelerator.trackers:
-            tracker.finish()
+            with contextlib.suppress(OSError):  # the metrics are in the run's own file
+                tracker.finish()
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             model.__dict__.pop(name, None)

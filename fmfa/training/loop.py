@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -14,14 +13,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fmfa.errors import TrainingError
+from fmfa.errors import FmfaError, TrainingError
+from fmfa.files import said_plainly
 from fmfa.models.distributed import largest, total, world_size
 from fmfa.models.interfaces import ModelOutput
 from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
 from fmfa.training.checkpoints import (
     EPOCH,
+    WEIGHTS,
+    Progress,
+    best_checkpoint,
+    checked,
     find_checkpoint,
+    kept_metrics,
     prune_checkpoints,
     read_optimizer,
     read_state,
@@ -50,29 +55,6 @@ class Batches(Protocol):
         """The pictures and captions of the batch field `rows`, for an error message."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint keeps besides weights and optimiser.
-
-    Attributes:
-        epoch: complete epochs.
-        batch: batches done in the epoch after those.
-        step: optimiser steps since the start.
-        best: selection value of the best epoch, None before the first validation.
-        best_epoch: its number, counted from 1.
-        sums: sums of the unfinished epoch's metrics over its steps.
-        metrics_size: bytes of the metrics file that belong to this state.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    metrics_size: int = 0
-
-
 class TrainingLoop:
     """A run between its start, or its last complete checkpoint, and its end; see `fmfa.training.fit`."""
 
@@ -88,28 +70,28 @@ class TrainingLoop:
         """Load the last complete checkpoint of `folder`, if there is one; `config` is resolved.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read or does not fit the model.
+            CheckpointError: the checkpoint is damaged or does not fit the model.
             TrainingError: the processes found different checkpoints.
         """
         self.config, self.batches, self.folder, self.validate = config, batches, folder, validate
         self.accelerator, self.model = accelerator, model
-        self.progress = Progress()
         optimizer = build_optimizer(model, config)
         last = find_checkpoint(folder, "last")
+        self.progress = read_state(last) if last else Progress()
+        best, metrics = best_checkpoint(folder, self.progress), b""
+        if best is not None:
+            checked(best, WEIGHTS)
         if last is not None:
-            self.progress = Progress(**read_state(last))
+            metrics = kept_metrics(last)
             read_weights(last, model)
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
         if last is not None:
-            kept = read_optimizer(last)
-            self.optimizer.load_state_dict(kept["optimizer"])
-            if accelerator.scaler is not None and "scaler" in kept:
-                accelerator.scaler.load_state_dict(kept["scaler"])
+            read_optimizer(last, self.optimizer, accelerator.scaler)
         self._agree()  # also a barrier: nothing may be deleted before every rank has read it
         self.metrics = None
         if accelerator.is_main_process:
-            prune_checkpoints(folder, (last, self._best()))
-            self.metrics = MetricsLog(folder, self.progress.metrics_size)
+            prune_checkpoints(folder, (last, best))
+            self.metrics = MetricsLog(folder, metrics)
 
     def run(self) -> None:
         """Train up to the last epoch.
@@ -169,7 +151,7 @@ class TrainingLoop:
         config, progress = self.config, self.progress
         sums, steps = progress.sums, progress.sums["steps"]
         values = {name: value / steps for name, value in sums.items() if name not in ("seconds", "steps")}
-        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": sums["seconds"]}
+        values |= {"learning_rate": self._rate(), "seconds": sums["seconds"]}
         progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
         self._log("train", progress.epoch, values)
         found = {}
@@ -220,9 +202,11 @@ class TrainingLoop:
         numbers = [torch.as_tensor(value, device=device).detach().double() for value in parts.values()]
         values = (total(torch.stack(numbers)) / world_size()).tolist()
         named = dict(zip(parts, values, strict=True))
-        if not math.isfinite(named["loss/total"]):
-            losses = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
-            self._stop(f"the loss is not finite ({losses})", [batch])
+        broken = [name for name, value in named.items() if not math.isfinite(value)]
+        if broken:
+            what = "the loss" if "loss/total" in broken else f"the statistic {broken[0]}"
+            parts = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
+            self._stop(f"{what} is not finite ({parts})", [batch])
         return named
 
     def _clip(self, sums: Mapping[str, float], group: Iterable[Mapping[str, Tensor]]) -> float:
@@ -246,21 +230,36 @@ class TrainingLoop:
             named = self.batches.describe(rows)
             more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
             records = f"rows {rows.tolist()}: " + "; ".join(named[:NAMED]) + more
-        rate = self.optimizer.param_groups[0]["lr"]
         raise TrainingError(
             f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, at learning rate "
-            f"{rate:g} in {self.config.precision}. Batch: {records}. Look at these records, lower the "
+            f"{self._rate():g} in {self.config.precision}. Batch: {records}. Look at these records, lower the "
             "learning rate, or train in fp32; the last checkpoint holds the weights before"
         )
 
+    def _rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
     def _validate(self) -> dict[str, float]:
         self.prepared.eval()
-        with torch.no_grad():
-            found = {name: float(value) for name, value in self.validate(self.model).items()}
+        progress, reason = self.progress, ""
+        try:
+            with torch.no_grad():
+                found = {name: float(value) for name, value in self.validate(self.model).items()}
+        except FmfaError:
+            raise
+        except ValueError as error:  # of similarities that are not finite
+            found, reason = {SELECTION: math.nan}, f" ({error})"
         if SELECTION not in found:
             raise TrainingError(
                 f"validation returned {', '.join(found) or 'nothing'}; expected {SELECTION} among it, "
                 "which selects the best epoch"
+            )
+        if not math.isfinite(found[SELECTION]):
+            raise TrainingError(
+                f"{SELECTION} of the validation after epoch {progress.epoch}, step {progress.step} is "
+                f"{found[SELECTION]}{reason}: the weights or what the model makes of them are no longer numbers, at "
+                f"learning rate {self._rate():g} in {self.config.precision}. Lower the learning rate, or train in "
+                "fp32; the last checkpoint holds the weights before"
             )
         return found
 
@@ -268,13 +267,14 @@ class TrainingLoop:
         if self.metrics is not None:
             self.metrics.add(split, epoch, self.progress.step, values)
         tagged = {f"{split}/{name}": value for name, value in values.items()}
-        self.accelerator.log(tagged, step=self.progress.step)
+        with said_plainly(f"{self.folder / 'logs'} cannot be written", TrainingError):
+            self.accelerator.log(tagged, step=self.progress.step)
 
     def _checkpoint(self) -> None:
         if self.metrics is not None:
-            self.progress.metrics_size = self.metrics.size
+            self.progress.metrics_size = self.metrics.flushed_size()
             last = self._write("last")
-            prune_checkpoints(self.folder, (last, self._best()))
+            prune_checkpoints(self.folder, (last, best_checkpoint(self.folder, self.progress)))
         self.accelerator.wait_for_everyone()
 
     def _write(self, kind: str) -> Path | None:
@@ -285,14 +285,7 @@ class TrainingLoop:
             kept = {"optimizer": self.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 kept["scaler"] = self.accelerator.scaler.state_dict()
-        return write_checkpoint(self.folder, kind, self.model, asdict(self.progress), kept)
-
-    def _best(self) -> Path | None:
-        """The best checkpoint that `progress` knows of; a later one is left from a run cut short."""
-        for path in (self.folder / "checkpoints").glob("best-*"):
-            if read_state(path)["epoch"] == self.progress.best_epoch:
-                return path
-        return None
+        return write_checkpoint(self.folder, kind, self.model, self.progress, kept)
 
 
 def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
