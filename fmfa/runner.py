@@ -25,7 +25,9 @@ from fmfa.files import said_plainly, whole_file
 from fmfa.parameters import notebook_parameters, resolve_parameters
 
 KERNEL = "python3"
-QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]  # not one warning a notebook about its connection to this machine
+QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # not one warning a notebook about its connection to this machine
+# A kernel ends with a killed runner by itself, but not while it starts.
+BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
 
 
@@ -156,7 +158,7 @@ def _execute(record: dict[str, Any], timeout: int | None, progress: bool) -> Non
                     progress_bar=progress,
                     start_timeout=START_TIMEOUT,
                     execution_timeout=timeout,
-                    extra_arguments=QUIET_KERNEL,
+                    extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],
                 )
             return
         except RuntimeError:  # of a kernel; a failing cell is a PapermillExecutionError

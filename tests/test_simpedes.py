@@ -1,20 +1,25 @@
 """SimPEDES: families, exact counterfactuals, captions that tell only what shows, determinism, resumption."""
 
+import errno
 import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations, count, pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fmfa.data.annotations import read_dataset
-from fmfa.errors import ConfigError
+from fmfa.errors import AnnotationError, ConfigError
 from fmfa.simpedes import (
     CAMERAS,
     PARTS,
@@ -23,7 +28,9 @@ from fmfa.simpedes import (
     describe,
     draw_person,
     generate,
+    is_simpedes,
     population,
+    read_dataset_record,
     read_parts,
     read_truth,
     recipe,
@@ -35,6 +42,7 @@ from fmfa.simpedes.people import ATTRIBUTES, SIDES, options
 from fmfa.simpedes.stream import web_pair
 
 CAMERA = CAMERAS["street"][0]
+generation = importlib.import_module("fmfa.simpedes.generate")  # the package has a function of this name
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +323,159 @@ def test_a_folder_of_another_recipe_is_refused(tiny):
         generate(tiny, recipe("tiny", seed=1), progress=False)
 
 
-@pytest.mark.parametrize("changes", [{"domain": "moon"}, {"family": 0}, {"images": 0}, {"train": -1}])
+FEW = {"train": 4, "val": 2, "test": 2, "images": 2}
+
+
+def _made(root, **changes):
+    return generate(root, recipe("tiny", **FEW | changes), workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return _made(tmp_path_factory.mktemp("few") / "data")
+
+
+def _read_everything(root):
+    read_dataset_record(root)
+    return [(list(read_truth(root, split)), read_parts(root, split)) for split in ("train", "val", "test")]
+
+
+def test_a_finished_data_set_is_opened_without_writing(few, tmp_path):
+    root = shutil.copytree(few, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    _made(root)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+FILES = ("dataset.json", "recipe.json", "truth/val-0000.jsonl", "truth/val-0000.npz")
+DAMAGES = {
+    "missing": lambda old: None,
+    "empty": lambda old: b"",
+    "cut short": lambda old: old[: len(old) // 2],
+    "without its last line": lambda old: old[: old[:-1].rfind(b"\n") + 1],
+    "longer": lambda old: old + b"0\n",
+    "null": lambda old: b"null",
+    "list": lambda old: b"[]",
+    "object": lambda old: b"{}\n",
+    "nested": lambda old: b"[" * 100_000,
+    "no text": lambda old: b"\xff\x00" * 100,
+    "another value": lambda old: old.replace(b"0", b"1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(few, tmp_path, name, damage):
+    root = shutil.copytree(few, tmp_path / "data")
+    content = DAMAGES[damage]((root / name).read_bytes())
+    (root / name).unlink()
+    if content is not None:
+        (root / name).write_bytes(content)
+    assert is_simpedes(root)
+    if (name, damage) == ("dataset.json", "missing"):  # as of a killed run
+        with pytest.raises(AnnotationError, match=r"dataset\.json.*unfinished.*make it again"):
+            _read_everything(root)
+        _made(root)
+        assert _digest(root) == _digest(few)
+        return
+    with pytest.raises(AnnotationError, match=rf"{re.escape(str(root / name))}.*delete this folder and make it again"):
+        _made(root)
+    if name != "recipe.json":
+        with pytest.raises(AnnotationError, match=re.escape(str(root / name))):
+            _read_everything(root)
+
+
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 40), st.binary(max_size=40))
+def test_any_other_bytes_are_damage(few, name, place, length, found):
+    file = few / name
+    old = file.read_bytes()
+    start = int(place * len(old))
+    new = old[:start] + found + old[start + length :]
+    if new == old or (name == "dataset.json" and _same_json(new, old)):
+        return
+    try:
+        file.write_bytes(new)
+        with pytest.raises(AnnotationError, match=re.escape(str(file))):
+            _made(few)
+    finally:
+        file.write_bytes(old)
+
+
+def _same_json(new, old):
+    try:
+        return json.loads(new) == json.loads(old)
+    except ValueError:
+        return False
+
+
+def test_a_missing_split_is_no_empty_one(few):
+    for read in (read_truth, read_parts):
+        with pytest.raises(AnnotationError, match=r"no ground truth for split 'query': expected truth/query-\*\.jsonl"):
+            list(read(few, "query"))
+
+
+def test_data_made_again_in_one_process_is_read_anew(tmp_path):
+    for seed in (0, 1):
+        root = _made(tmp_path / "data", seed=seed)
+        stored = np.load(root / "truth" / "test-0000.npz")["parts"]
+        np.testing.assert_array_equal(list(read_parts(root, "test").values()), stored)
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("lost", ["truth/train-0000.npz", "truth/train-0000.jsonl"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "without its last line", "object"])
+def test_a_damaged_shard_of_an_unfinished_data_set_is_written_again(few, tmp_path, lost, damage):
+    root = shutil.copytree(few, tmp_path / "data")
+    (root / "dataset.json").unlink()
+    content = DAMAGES[damage]((root / lost).read_bytes())
+    (root / lost).unlink()
+    if content is not None:
+        (root / lost).write_bytes(content)
+    _made(root)
+    assert _digest(root) == _digest(few)
+
+
+def test_shards_of_an_unknown_recipe_are_not_taken_over(few, tmp_path):
+    root = shutil.copytree(few, tmp_path / "data", ignore=shutil.ignore_patterns("*.json"))
+    with pytest.raises(AnnotationError, match=r"recipe\.json"):
+        _made(root, seed=1)
+
+
+@pytest.mark.parametrize("full", range(9))  # which of the files that are written whole
+def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(few, tmp_path, monkeypatch, full):
+    root, written, sync = tmp_path / "data", count(), os.fsync
+
+    def fsync(handle):
+        if next(written) == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        expected = f"SimPEDES cannot be written to {root}; started again, it goes on where it stopped: No space left"
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            _made(root)
+    assert not (root / "dataset.json").exists()
+    (root / ".reid_raw.abc.json").write_bytes(b"left by a kill")
+    _made(root)
+    assert next(written) > full
+    assert _digest(root) == _digest(few)
+
+
+@pytest.mark.parametrize("place", ["file/data", "file"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"SimPEDES cannot be written to .*file"):
+        _made(tmp_path / place)
+
+
+def test_a_worker_that_dies_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "_is_whole", lambda *_: os._exit(9))
+    with pytest.raises(ConfigError, match=r"a process that wrote SimPEDES to .* died; start again"):
+        generate(tmp_path / "data", recipe("tiny", **FEW), workers=2, progress=False)
+
+
+@pytest.mark.parametrize("changes", [{"domain": "moon"}, {"family": 0}, {"images": 0}, {"train": -1}, {"seed": -1}])
 def test_impossible_recipes_are_refused(changes):
     with pytest.raises(ConfigError):
         recipe("tiny", **{"domain": "street", **changes})

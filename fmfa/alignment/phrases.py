@@ -1,8 +1,6 @@
 """Phrases of SimPEDES captions, with the part that each speaks of and where that part is."""
 
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -95,10 +93,6 @@ def part_masks(dataset: Dataset, split: str, phrases: pd.DataFrame) -> np.ndarra
 
 def prior_coverage(dataset: Dataset, grid: PatchGrid) -> dict[str, np.ndarray]:
     """Where each part usually is: mean coverage of the patches over all training pictures, float32 [N] by part."""
-    return dict(zip(PARTS, grid.coverage(_mean_masks(dataset.images.parent)), strict=True))
-
-
-@lru_cache(maxsize=4)
-def _mean_masks(root: Path) -> np.ndarray:
-    maps = np.stack(list(read_parts(root, "train").values()))
-    return np.stack([(maps == part).mean(axis=0) for part in range(len(PARTS))])
+    maps = np.stack(list(read_parts(dataset.images.parent, "train").values()))
+    usual = np.stack([(maps == part).mean(axis=0) for part in range(len(PARTS))])
+    return dict(zip(PARTS, grid.coverage(usual), strict=True))

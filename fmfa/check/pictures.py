@@ -12,6 +12,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from fmfa.check.report import EXAMPLES, Finding, finding
 from fmfa.data.images import load_image
 from fmfa.errors import ImageError
+from fmfa.processes import end_with
 from fmfa.progress import progress_bar
 
 _CHUNK = 64
@@ -115,7 +116,8 @@ def decode_pictures(images: Path, relative: list[str], workers: int | None, prog
         workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
     chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
     rows = []
-    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_decode)(images, chunk) for chunk in chunks)
+    bound = {"initializer": end_with, "initargs": (os.getpid(),)}
+    jobs = Parallel(workers, return_as="generator", **bound)(delayed(_decode)(images, chunk) for chunk in chunks)
     with progress_bar(len(relative), "decoding", "pictures", shown=progress) as bar:
         try:
             for chunk, found in zip(chunks, jobs):

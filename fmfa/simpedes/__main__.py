@@ -2,10 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from ..errors import FmfaError
 from .generate import DOMAINS, SCALES, generate, recipe
+from .truth import read_dataset_record
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         root = generate(options["root"], recipe(**changes), options["workers"])
     except FmfaError as error:
         parser.exit(1, f"{error}\n")
-    print(json.dumps(json.loads((Path(root) / "dataset.json").read_text()), indent=1))
+    print(json.dumps({k: v for k, v in read_dataset_record(root).items() if k != "files"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """The best that any reader could do: the score of one who knows every attribute that a caption truly tells."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..evaluation.chance import random_ranking
 from .people import ATTRIBUTES
-from .truth import read_truth
+from .truth import parse_shard
 
 
-def ceiling(root: str | Path, split: str) -> dict[str, float]:
-    """Return R@1, R@5, R@10, mAP and mINP (fractions) of the all-knowing reader on a split.
+def ceiling(shards: Sequence[Path]) -> dict[str, float]:
+    """Return R@1, R@5, R@10, mAP and mINP (fractions) of the all-knowing reader on a split, given its truth files.
 
     The reader knows the attribute vector of every identity, and of a caption all that its words truly say (mistakes
     are set aside). It puts the pictures of all identities that fit before the others, in random order, so a caption
@@ -20,7 +21,7 @@ def ceiling(root: str | Path, split: str) -> dict[str, float]:
     """
     vectors: dict[int, tuple[str, ...]] = {}
     pictures: Counter[int] = Counter()
-    for record in read_truth(root, split):
+    for record in _records(shards):
         vectors.setdefault(record["id"], tuple(record["attributes"][name] for name in ATTRIBUTES))
         pictures[record["id"]] += 1
     table = np.array(list(vectors.values()))
@@ -32,7 +33,7 @@ def ceiling(root: str | Path, split: str) -> dict[str, float]:
     copies = np.array([pictures[identity] for identity in vectors])
     fits: Counter[tuple[int, int]] = Counter()
     identities = queries = 0
-    for record in read_truth(root, split):  # read twice, so that memory does not grow with the captions
+    for record in _records(shards):  # read twice, so that memory does not grow with the captions
         for caption in record["captions"]:
             fitting = np.ones(len(table), bool)
             for name, values in told_truly(caption).items():
@@ -45,6 +46,11 @@ def ceiling(root: str | Path, split: str) -> dict[str, float]:
         for name, value in random_ranking(size, relevant).items():
             totals[name] += float(value) * count / queries
     return {**totals, "fitting_identities": identities / queries}
+
+
+def _records(shards: Sequence[Path]) -> Iterator[dict]:
+    for shard in shards:
+        yield from parse_shard(shard.read_bytes())
 
 
 def told_truly(caption: dict) -> dict[str, tuple[str, ...]]:

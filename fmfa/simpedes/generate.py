@@ -1,13 +1,14 @@
 """Write SimPEDES to disk in CUHK-PEDES layout, with its ground truth beside it.
 
     ROOT/imgs/...            the pictures (PNG)
-    ROOT/reid_raw.json       annotations, exactly as CUHK-PEDES distributes them; written last
+    ROOT/reid_raw.json       annotations, exactly as CUHK-PEDES distributes them
     ROOT/truth/SHARD.jsonl   one line a picture: attributes, camera, view, visibility, phrases, mistakes
     ROOT/truth/SHARD.npz     part maps of the shard's pictures, uint8 [n, H, W], in the same order
-    ROOT/dataset.json        the recipe, counts and the ceiling of validation and test
+    ROOT/recipe.json         the recipe; written first
+    ROOT/dataset.json        the recipe, counts, the ceiling of validation and test, and checksums of recipe and truth
 
-A shard is finished when its .jsonl stands under its final name, and the data set when `dataset.json` does: a killed
-run leaves nothing that looks whole, and the next one goes on where it stopped.
+A shard is finished when its .jsonl has its final name, and the data set when `dataset.json` has: a killed run leaves
+nothing that looks whole, and the next one goes on where it stopped.
 """
 
 import json
@@ -16,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from filelock import FileLock
 from PIL import Image
 
 from ..errors import ConfigError
-from ..files import write_json
+from ..files import said_plainly, whole_file, write_json
+from ..processes import end_with
 from ..progress import progress_bar
 from .camera import BASE_SIZE, CAMERAS, SEASONS, render
 from .captions import STYLES, describe
 from .ceiling import ceiling
 from .people import population
+from .truth import RECIPE, RECORD, TRUTH, check_files, parse_shard, read_object, write_dataset_record
 
 VERSION = 1
 DOMAINS = tuple(CAMERAS)
@@ -67,6 +71,8 @@ class Recipe:
             raise ConfigError(f"family is {self.family}; expected 1 to 6 identities a family.")
         if min(self.images, self.captions, self.height, self.width) < 1 or min(self.train, self.val, self.test) < 0:
             raise ConfigError(f"Counts and sizes must be positive: {asdict(self)}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected 0 or more.")
 
 
 def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **changes) -> Recipe:
@@ -111,7 +117,7 @@ def pictures(recipe: Recipe, split: str, first: int, count: int) -> Iterator[tup
 
 
 def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool = True) -> Path:
-    """Write a data set under `root` and return `root`; does nothing if it stands there already.
+    """Write a data set under `root` and return `root`; a finished one is checked and left as it is.
 
     Args:
         root: the folder; one recipe a folder.
@@ -120,72 +126,94 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
         progress: show a progress bar.
 
     Raises:
-        ConfigError: `root` holds a data set of another recipe.
+        ConfigError: `root` holds a data set of another recipe or cannot be written to, or a worker process died.
+        AnnotationError: a file of the data set is damaged or missing.
     """
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".lock"):  # two notebooks may ask for the same data set at once
-        _refuse_other_recipe(root, recipe)
-        if not (root / "dataset.json").exists():
-            _generate(root, recipe, workers, progress)
+    with said_plainly(f"SimPEDES cannot be written to {root}; started again, it goes on where it stopped"):
+        if _is_finished(root, recipe):  # without the lock, so that it may lie where nothing can be written
+            return root
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"):  # two notebooks may ask for the same data set at once
+            if not _is_finished(root, recipe):
+                _generate(root, recipe, workers, progress)
     return root
 
 
-def _refuse_other_recipe(root: Path, recipe: Recipe) -> None:
-    if not (root / "recipe.json").exists():
-        return
-    found = json.loads((root / "recipe.json").read_text())
+def _is_finished(root: Path, recipe: Recipe) -> bool:
+    """Whether the data set is there, undamaged; False for one that is not there or was only begun."""
+    finished = (root / RECORD).exists()
+    if finished:
+        found = check_files(root)["recipe"]
+    elif (root / RECIPE).exists() or (root / TRUTH).exists():
+        found = read_object(root, RECIPE)
+    else:
+        return False
     if found != asdict(recipe):
         differing = {k: (found.get(k), v) for k, v in asdict(recipe).items() if found.get(k) != v}
         raise ConfigError(
             f"{root} holds a SimPEDES of another recipe: {differing} (found, asked for). "
             f"Choose another folder, or delete this one."
         )
+    return finished
 
 
 def _generate(root: Path, recipe: Recipe, workers: int, progress: bool) -> None:
-    (root / "truth").mkdir(parents=True, exist_ok=True)
-    write_json(root / "recipe.json", asdict(recipe))
+    write_json(root / RECIPE, asdict(recipe))
+    (root / TRUTH).mkdir(exist_ok=True)
+    for pattern in (".recipe.*", ".reid_raw.*", ".dataset.*", f"{TRUTH}/.*.npz", f"{TRUTH}/.*.jsonl"):
+        for left in root.glob(pattern):  # by a killed run
+            left.unlink()
     started = time.time()
     shards = [
         (split, first, min(_SHARD, getattr(recipe, split) - first))
         for split in SPLITS
         for first in range(0, getattr(recipe, split), _SHARD)
     ]
-    jobs = [(root, recipe, *shard) for shard in shards]
     total = sum(count for _, _, count in shards) * recipe.images
     with progress_bar(total, f"SimPEDES {recipe.domain}", "pictures", shown=progress) as bar:
-        workers = min(workers or os.cpu_count() or 1, len(jobs))
-        if workers > 1:
-            with ProcessPoolExecutor(workers) as pool:
-                for written in pool.map(_write_shard, jobs):
-                    bar.update(written)
-        else:
-            for job in jobs:
-                bar.update(_write_shard(job))
-    _write_annotations(root, shards)
-    ceilings = {s: ceiling(root, s) for s in ("val", "test") if getattr(recipe, s)}
-    counts = {s: {"identities": getattr(recipe, s), "images": getattr(recipe, s) * recipe.images} for s in SPLITS}
-    write_json(
-        root / "dataset.json",
-        {
-            "recipe": asdict(recipe),
-            "counts": counts,
-            "ceiling": ceilings,
-            "seconds": round(time.time() - started, 1),
+        for written in _write_shards([(root, recipe, *shard) for shard in shards], workers):
+            bar.update(written)
+    truth = [_shard_path(root, split, first) for split, first, _ in shards]
+    _write_annotations(root, truth)
+    record = {
+        "recipe": asdict(recipe),
+        "counts": {s: {"identities": getattr(recipe, s), "images": getattr(recipe, s) * recipe.images} for s in SPLITS},
+        "ceiling": {
+            s: ceiling([shard for shard in truth if shard.name.startswith(f"{s}-")])
+            for s in ("val", "test")
+            if getattr(recipe, s)
         },
-    )
+        "seconds": round(time.time() - started, 1),
+    }
+    write_dataset_record(root, record, [root / RECIPE, *truth, *(shard.with_suffix(".npz") for shard in truth)])
 
 
-def shard_name(split: str, first: int) -> str:
-    """Return the name under `truth/` of the shard that begins at identity `first` of a split."""
-    return f"{split}-{first // _SHARD:04d}"
+def _shard_path(root: Path, split: str, first: int) -> Path:
+    """The truth file of the shard that begins at identity `first` of a split."""
+    return root / TRUTH / f"{split}-{first // _SHARD:04d}.jsonl"
 
 
-def _write_shard(job) -> int:
+def _write_shards(jobs: list[tuple[Path, Recipe, str, int, int]], workers: int) -> Iterator[int]:
+    """Write shards in processes, which end with this one, and yield the number of pictures of each."""
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers <= 1:
+        yield from map(_write_shard, jobs)
+        return
+    with ProcessPoolExecutor(workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            yield from pool.map(_write_shard, jobs)
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"a process that wrote SimPEDES to {jobs[0][0]} died; start again, where it stopped, with fewer "
+                "workers or more memory"
+            ) from None
+
+
+def _write_shard(job: tuple[Path, Recipe, str, int, int]) -> int:
     root, recipe, split, first, count = job
-    final = root / "truth" / f"{shard_name(split, first)}.jsonl"
-    if final.exists():
+    final = _shard_path(root, split, first)
+    if _is_whole(final, count * recipe.images):
         return count * recipe.images
     folder = root / "imgs" / split / f"{first // _SHARD:04d}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -195,28 +223,39 @@ def _write_shard(job) -> int:
         Image.fromarray(image).save(root / "imgs" / record["file_path"], compress_level=1)
         records.append(json.dumps(record, separators=(",", ":")))
         maps.append(parts)
-    with open(final.with_suffix(".npz.part"), "wb") as file:
-        np.savez_compressed(file, parts=np.stack(maps))
-    os.replace(final.with_suffix(".npz.part"), final.with_suffix(".npz"))
-    final.with_suffix(".part").write_text("\n".join(records) + "\n", encoding="utf-8")
-    os.replace(final.with_suffix(".part"), final)
+    with whole_file(final.with_suffix(".npz")) as temporary:
+        np.savez_compressed(temporary, parts=np.stack(maps))
+    with whole_file(final) as temporary:
+        temporary.write_text("\n".join(records) + "\n", encoding="utf-8")
     return len(records)
 
 
-def _write_annotations(root: Path, shards) -> None:
+def _is_whole(shard: Path, count: int) -> bool:
+    """Whether an earlier run has written a shard of `count` pictures."""
+    if not shard.exists():
+        return False
+    try:
+        records = [_annotation(record) for record in parse_shard(shard.read_bytes())]
+        with np.load(shard.with_suffix(".npz")) as arrays:
+            return len(records) == len(arrays["parts"]) == count
+    except Exception:  # whatever is wrong with it, it is written again
+        return False
+
+
+def _write_annotations(root: Path, shards: list[Path]) -> None:
     """Write `reid_raw.json` record by record, so that memory does not grow with the data set."""
-    temporary = root / "reid_raw.json.part"
-    with open(temporary, "w", encoding="utf-8") as out:
+    with whole_file(root / "reid_raw.json") as temporary, open(temporary, "w", encoding="utf-8") as out:
         separator = "[\n"
-        for split, first, _ in shards:
-            with open(root / "truth" / f"{shard_name(split, first)}.jsonl", encoding="utf-8") as lines:
-                for line in lines:
-                    truth = json.loads(line)
-                    captions = [caption["text"] for caption in truth["captions"]]
-                    tokens = [c.lower().replace(",", " ").replace(".", " ").split() for c in captions]
-                    record = {"split": truth["split"], "captions": captions, "file_path": truth["file_path"],
-                              "processed_tokens": tokens, "id": truth["id"]}  # fmt: skip
-                    out.write(separator + json.dumps(record))
-                    separator = ",\n"
+        for shard in shards:
+            for record in parse_shard(shard.read_bytes()):
+                out.write(separator + json.dumps(_annotation(record)))
+                separator = ",\n"
         out.write("\n]\n")
-    os.replace(temporary, root / "reid_raw.json")
+
+
+def _annotation(truth: dict) -> dict:
+    """The record of CUHK-PEDES' layout for a picture."""
+    captions = [caption["text"] for caption in truth["captions"]]
+    tokens = [c.lower().replace(",", " ").replace(".", " ").split() for c in captions]
+    return {"split": truth["split"], "captions": captions, "file_path": truth["file_path"], "processed_tokens": tokens,
+            "id": truth["id"]}  # fmt: skip
