@@ -102,7 +102,10 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
     if type(value) is str and kind is not str:
         value = _from_text(kind, value, parameter)
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise _mismatch(parameter, value) from None
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise _mismatch(parameter, value)
     if kind is str and re.search("[\ud800-\udfff]", value):

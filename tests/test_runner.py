@@ -114,6 +114,7 @@ def test_values_become_the_declared_type(kind, default, value, expected):
         (int, 1, "2.0"),
         (int, 1, True),
         (int, 1, None),
+        (float, 1.0, 10**400),
         (float, 1.0, "nan"),
         (float, 1.0, float("inf")),
         (float, 1.0, False),

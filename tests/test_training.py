@@ -382,7 +382,8 @@ NO_RECORDS = ["null", "[]", "3", '"x"', "{", "[" * 100_000, '{"a": ' * 100_000, 
 
 
 @pytest.mark.parametrize(
-    "content", [*NO_RECORDS, '{"epochs": null}', '{"epochs": [1]}', '{"learning_rate": 1' + "0" * 400]
+    "content",
+    [*NO_RECORDS, '{"epochs": null}', '{"epochs": [1]}', f'{{"learning_rate": {10**400}}}', f'{{"epochs": {10**400}}}'],
 )
 def test_a_damaged_configuration_is_one_sentence(content, interrupted):
     (interrupted / "config.json").write_text(content)

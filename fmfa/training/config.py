@@ -94,6 +94,8 @@ class TrainConfig:
         """Check every value's type and range; an int is taken for a float field, any spelling for the data set's."""
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if type(value) is int and abs(value) >= 2**63:
+                raise ConfigError(f"{setting.name} is an integer of {value.bit_length():,} bits; expected at most 63")
             if setting.type is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, setting.name, value)
