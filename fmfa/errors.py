@@ -1,8 +1,14 @@
 """The errors that users are meant to read: what was found, what was expected, what to do."""
 
+import re
+
 
 class FmfaError(ValueError):
     """Base of every error that the package raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        """The message is one sentence also of an error in a loader's process, which torch quotes in a traceback."""
+        super().__init__(re.sub(r"(?s)^Caught \w+ in DataLoader.*\n[\w.]+Error: (.*)\n$", r"\1", message))
 
 
 class AnnotationError(FmfaError):

@@ -7,12 +7,18 @@ JSON list instead. It resumes from `OUT.resume` after an interruption and remove
 
 import argparse
 import json
+import math
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fmfa.errors import ConfigError
+from fmfa.devices import choose_device
+from fmfa.errors import CheckpointError, ConfigError, FmfaError
+from fmfa.files import read_json, said_plainly
 from fmfa.pretraining.loop import fit
 from fmfa.pretraining.methods import CONFIGS, METHODS, OWN, Method
 from fmfa.pretraining.pairs import pairs_to_see
@@ -20,7 +26,23 @@ from fmfa.provenance import device_name, package_versions
 from fmfa.training.budget import training_budget
 from fmfa.weights.own import save_checkpoint
 
+SUFFIX = ".safetensors"
+INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 _COUNTED = 64  # held-out pairs that operations are counted on
+_RANGES = {
+    "pairs": (1, math.inf),
+    "seed": (0, 2**31 - 1),
+    "batch_size": (2, math.inf),  # a contrast needs another pair
+    "learning_rate": (1e-12, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, 0.99),
+    "position_std": (0, math.inf),
+    "tau": (1e-6, math.inf),
+    "fusion_depth": (1, math.inf),
+    "temperature": (1e-6, math.inf),
+    "matrix_scale": (0, math.inf),
+    "workers": (0, math.inf),
+}
 
 
 def pretrain(
@@ -65,7 +87,7 @@ def pretrain(
         matrix_scale: factor on IVT's initial matrices; 0 stands for sqrt(768 / width), 1 is as released.
         precision: bf16 (autocast) or fp32.
         workers: processes that make pairs.
-        device: where to train.
+        device: where to train: cpu, cuda, or auto.
         config: JSON file: an open_clip configuration, or the fields of `IvtConfig`; empty for the tiny model's.
         vocabulary: of the small tokenizer, or WordPiece; empty for the tiny model's.
         list: JSON list of records with `image` and `caption`; empty for the stream.
@@ -75,15 +97,24 @@ def pretrain(
         The record: command, settings, curve, budget (see `training_budget`), versions, time.
 
     Raises:
-        ConfigError: an unknown method, a setting of the other method, vocabulary and model do not fit, a list without
-            its folder, fewer pairs than a batch, or a resume file of other settings.
+        ConfigError: an unknown method, a value outside its range, a setting of the other method, vocabulary and model
+            do not fit, a list without its folder, fewer pairs than a batch, a place where `out` cannot be written, or
+            a resume file of other settings.
+        AnnotationError, ImageError: the list or a picture of it cannot be read.
+        CheckpointError: the resume file is damaged, or the disk is full.
+        TrainingError: a loss is not finite.
     """
     given = {k: (str(v) if isinstance(v, Path) else v) for k, v in locals().items() if k != "out"}
-    out, settings = Path(out), _settings(given)
-    parts = METHODS[method](settings)
+    out, settings, where = Path(out), _settings(given), choose_device(device)
+    if out.suffix != SUFFIX or out.is_dir():
+        raise ConfigError(f"{out}: the weights go to a file that ends in {SUFFIX}; give such a name")
+    parts = _parts(settings)
     training, held_out = pairs_to_see(parts, seed=seed, count=pairs, pair_list=list, images=images)
-    model = parts.model.to(device)
-    held_out = {key: value.to(device) for key, value in held_out.items()}
+    with said_plainly(f"{out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    model = parts.model.to(where)
+    held_out = {key: value.to(where) for key, value in held_out.items()}
     budget = _budget(parts, held_out)
     print(json.dumps(budget), flush=True)
     resume = out.with_suffix(".resume")
@@ -93,13 +124,18 @@ def pretrain(
         "command": _command(out, given),
         "settings": {k: v for k, v in settings.items() if k != "config"},
         "seconds": seconds,
-        "device": device_name(device),
+        "device": device_name(where),
         "budget": budget,
         "versions": package_versions(),
         "curve": curve,
         "model": parts.config,
     }
-    save_checkpoint(out, parts.weights, record)
+    try:
+        save_checkpoint(out, parts.weights, record)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out} cannot be written ({error}); make room and give the same command again"
+        ) from error
     resume.unlink(missing_ok=True)
     return record
 
@@ -107,7 +143,7 @@ def pretrain(
 def pretraining_budget(method: str) -> dict[str, int]:
     """What a pair costs the tiny model of a method in pre-training; see `training_budget`."""
     settings = _settings({**pretrain.__kwdefaults__, "method": method})
-    parts = METHODS[method](settings)
+    parts = _parts(settings)
     _, held_out = pairs_to_see(parts, seed=settings["seed"], count=0)
     return _budget(parts, held_out)
 
@@ -117,8 +153,20 @@ def _budget(parts: Method, held_out: Mapping[str, Tensor]) -> dict[str, int]:
     return training_budget(parts.model.train(), counted, parts.kept)
 
 
+def _parts(settings: Mapping) -> Method:
+    try:
+        return METHODS[settings["method"]](settings)
+    except FmfaError:
+        raise
+    except Exception as error:  # a configuration holds anything, and each library has errors of its own for it
+        raise ConfigError(
+            f"the configuration describes no model of method {settings['method']} "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+
+
 def _settings(given: Mapping) -> dict:
-    """The settings that a method has, with its configuration read."""
+    """The settings that a method has, checked, with its configuration read."""
     method = given["method"]
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -126,9 +174,16 @@ def _settings(given: Mapping) -> dict:
     for name in foreign:
         if given[name] != pretrain.__kwdefaults__[name]:
             raise ConfigError(f"method {method} has no {name}; leave it out")
-    config = Path(given["config"] or CONFIGS[method])
+    for name, (low, high) in _RANGES.items():
+        if not low <= given[name] <= high or math.isinf(given[name]):
+            most = "" if math.isinf(high) else f", at most {high}"
+            raise ConfigError(f"{name} is {given[name]}; expected at least {low}{most}")
+    if given["precision"] not in ("bf16", "fp32"):
+        raise ConfigError(f"precision is {given['precision']!r}; expected bf16 or fp32")
+    if given["pairs"] < given["batch_size"]:
+        raise ConfigError("fewer pairs than one batch; ask for more pairs or a smaller batch_size")
     settings = {name: value for name, value in given.items() if name not in foreign}
-    return settings | {"config": json.loads(config.read_text())}
+    return settings | {"config": read_json(given["config"] or CONFIGS[method])}
 
 
 def _command(out: Path, given: Mapping) -> str:
@@ -138,17 +193,27 @@ def _command(out: Path, given: Mapping) -> str:
     return f"python -m fmfa.pretrain data/{out.name} {options}"
 
 
-def main() -> None:
-    """Run the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 an error of the package, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m fmfa.pretrain", description=__doc__)
-    parser.add_argument("out")
+    parser.add_argument("out", help=f"file of the weights, ending in {SUFFIX}")
     for name, value in pretrain.__kwdefaults__.items():
-        choices = tuple(METHODS) if name == "method" else None
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
-    options = vars(parser.parse_args())
-    record = pretrain(options.pop("out"), **options)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    try:
+        record = pretrain(out, **options)
+    except FmfaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on from the last point of the curve, if there is one", file=sys.stderr
+        )
+        return INTERRUPTED
     print(json.dumps(record["curve"][-1]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,15 @@
+import errno
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from formats import CAPTIONS, write_pair_list
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fmfa import pretrain as command
 from fmfa.errors import ConfigError
@@ -30,6 +34,7 @@ SOURCES = [(method, source) for method in METHODS for source in ("stream", "list
 def folder(tmp_path, monkeypatch):
     """A list of pairs, and a model of each method small enough for a few steps."""
     monkeypatch.setattr(pairs, "HELD_OUT", 6)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     write_pair_list(tmp_path)
     train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "ivt.txt")
     train_small_vocabulary(CAPTIONS, 280, tmp_path / "clip.txt")
@@ -96,7 +101,7 @@ def test_an_interrupted_pre_training_goes_on_exactly(folder, monkeypatch, method
 
 def test_a_killed_command_goes_on_exactly(folder, capsys):
     given = options(folder, "ivt", "list", pairs=300)
-    named = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    named = command_line(folder, "ivt", "list", pairs=300)
     line = [sys.executable, "-m", "fmfa.pretrain", str(folder / "killed.safetensors"), *named]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert "training_flops_a_pair" in process.stdout.readline()
@@ -142,6 +147,139 @@ def test_what_does_not_fit_is_refused(folder):
             pretrain(folder / "out.safetensors", **options(folder, method, **changes))
     with pytest.raises(ConfigError, match="expected one of clip, ivt"):
         pretrain(folder / "out.safetensors", **options(folder, "clip") | {"method": "bert"})
+
+
+def command_line(folder, method="clip", source="stream", **changes):
+    given = options(folder, method, source, **changes)
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def error_of(capsys, *arguments):
+    """The one line that the command prints when it refuses."""
+    assert command.main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1, printed
+    return printed[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "bert"}, "method is 'bert', expected one of clip, ivt"),
+        ({"pairs": 0}, "pairs is 0; expected at least 1"),
+        ({"pairs": 2}, "fewer pairs than one batch"),
+        ({"batch_size": 1}, "batch_size is 1; expected at least 2"),
+        ({"batch_size": -3}, "batch_size is -3"),
+        ({"seed": -1}, "seed is -1; expected at least 0, at most 2147483647"),
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
+        ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"weight_decay": "inf"}, "weight_decay is inf"),
+        ({"warmup": 1}, "warmup is 1.0; expected at least 0, at most 0.99"),
+        ({"position_std": -1}, "position_std is -1.0"),
+        ({"tau": 0}, "tau is 0.0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"precision": "fp8"}, "precision is 'fp8'; expected bf16 or fp32"),
+        ({"device": "gpu"}, "device is 'gpu'; expected one of auto, cpu, cuda"),
+        ({"config": "nowhere.json"}, "nowhere.json cannot be read as JSON"),
+        ({"config": "pairs.json"}, "pairs.json: expected a JSON dict, found list"),
+        ({"config": "empty.json"}, "the configuration describes no model of method clip (KeyError: 'text_cfg')"),
+        ({"vocabulary": "nowhere.txt"}, "vocabulary nowhere.txt: No such file"),
+        ({"method": "ivt", "config": "empty.json"}, "the configuration describes no model of method ivt"),
+        ({"list": "nowhere.json", "images": "."}, "nowhere.json: "),
+        ({"list": "pairs.json", "images": "nowhere"}, "nowhere"),
+        ({"list": "clip.json", "images": "."}, "clip.json: "),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence_before_the_work(folder, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(folder)
+    (folder / "empty.json").write_text("{}")
+    arguments = command_line(folder, **changes)
+    assert message in error_of(capsys, "new/out.safetensors", *arguments)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("out.pt", "out.pt: the weights go to a file that ends in .safetensors"),
+        ("out", "out: the weights go to a file that ends in .safetensors"),
+        ("folder.safetensors", "give such a name"),
+        ("pairs.json/out.safetensors", "pairs.json/out.safetensors cannot be written: "),
+        ("/proc/nowhere/out.safetensors", "/proc/nowhere/out.safetensors cannot be written: "),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_noticed_before_the_work(folder, monkeypatch, capsys, out, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(command, "fit", None)
+    (folder / "folder.safetensors").mkdir()
+    assert message in error_of(capsys, out, *command_line(folder))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(method=st.sampled_from(list(METHODS)), data=st.data())
+def test_any_configuration_builds_a_model_or_is_refused(folder, method, data):
+    config = json.loads((folder / f"{method}.json").read_text())
+    part = config[data.draw(st.sampled_from(["vision_cfg", "text_cfg"]))] if method == "clip" else config
+    value = data.draw(
+        st.none() | st.booleans() | st.integers(-2, 40) | st.text(max_size=3) | st.lists(st.integers(0, 9))
+    )
+    part[data.draw(st.sampled_from([*part, "other"]))] = value
+    with suppress(ConfigError):
+        command._parts(given_settings(folder, method) | {"config": config})
+
+
+def test_a_damaged_resume_file_is_refused_and_kept(folder, monkeypatch, capsys):
+    given = options(folder, "clip")
+    interrupt(monkeypatch, folder / "out.safetensors", given)
+    resume = folder / "out.resume"
+    whole = resume.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    torch.save([1], folder / "list.pt")
+    torch.save({"model": {}}, folder / "other.pt")
+    others = [(folder / name).read_bytes() for name in ("list.pt", "other.pt", "clip.json")]
+    for content in (b"", whole[:middle], flipped, *others):
+        resume.write_bytes(content)
+        told = error_of(capsys, folder / "out.safetensors", *command_line(folder))
+        assert f"{resume} is not what an interrupted pre-training left, or is damaged" in told
+        assert resume.read_bytes() == content
+    resume.write_bytes(whole)
+    assert command.main([str(folder / "out.safetensors"), *command_line(folder)]) == 0
+
+
+def test_a_full_disk_is_told_and_costs_nothing(folder, monkeypatch, capsys):
+    out = folder / "out.safetensors"
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, name, there in ((loop, "whole_file", False), (command, "save_checkpoint", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            assert "No space left on device" in error_of(capsys, out, *command_line(folder))
+        assert (folder / "out.resume").exists() == there
+    pretrain(folder / "whole.safetensors", **options(folder, "clip"))
+    assert command.main([str(out), *command_line(folder)]) == 0
+    assert equal(out, folder / "whole.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops(folder, capsys):
+    told = error_of(capsys, folder / "out.safetensors", *command_line(folder, learning_rate=1e30))
+    assert "a loss is not finite after" in told
+    assert "lower learning_rate" in told
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named_in_a_line_by_a_worker_too(folder, capsys, workers):
+    (folder / "0.png").write_bytes(b"")
+    told = error_of(capsys, folder / "out.safetensors", *command_line(folder, source="list", workers=workers))
+    assert told == f"error: {folder / '0.png'}: the file is empty (0 bytes); replace it"
+
+
+def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
+    monkeypatch.setattr(command, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command.main([str(folder / "out.safetensors"), *command_line(folder)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_resume_file_of_other_settings_is_kept_and_refused(folder, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fmfa.data.pretraining_pairs import PretrainingPairs, collate_pairs
-from fmfa.errors import ConfigError
+from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.files import whole_file
 from fmfa.progress import progress_bar
 
@@ -40,18 +41,15 @@ def fit(
         seconds of all sittings.
 
     Raises:
-        ConfigError: fewer pairs than a batch, or the resume file is of other settings.
+        ConfigError: the resume file is of other settings.
+        CheckpointError: the resume file is damaged, or cannot be written.
+        TrainingError: a loss is not finite.
     """
     started, batch_size = time.time(), settings["batch_size"]
     steps, step, curve, spent = settings["pairs"] // batch_size, 0, [], 0.0
-    if steps < 1:
-        raise ConfigError("fewer pairs than one batch; ask for more pairs or a smaller batch_size")
     optimizer = _optimizer(model, settings["learning_rate"], settings["weight_decay"])
     if resume.exists():
-        state = _interrupted(resume, settings)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, curve, spent = state["step"], state["curve"], state["seconds"]
+        step, curve, spent = _go_on(resume, settings, model, optimizer)
     every = max(1, steps // POINTS)
     device = next(model.parameters()).device
     loader = DataLoader(
@@ -73,6 +71,11 @@ def fit(
             bar.update()
             if step % every == 0 or step == steps:
                 losses, stats = ({name: round(value.item(), 4) for name, value in x.items()} for x in found)
+                if not all(map(math.isfinite, losses.values())):
+                    raise TrainingError(
+                        f"a loss is not finite after {step * batch_size:,} pairs ({losses}); lower learning_rate, or "
+                        f"take precision fp32. {resume.name} holds the point before, if there was one"
+                    )
                 seconds = round(spent + time.time() - started, 1)
                 curve.append({"pairs": step * batch_size, "losses": losses, "stats": stats,
                               "held_out_R@1": held_out_recall(model, held_out), "seconds": seconds})  # fmt: skip
@@ -131,20 +134,40 @@ def _optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> t
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
-def _interrupted(resume: Path, settings: Mapping) -> dict:
-    """What the resume file holds; the number of workers alone may differ, as it changes no number."""
-    state = torch.load(resume, weights_only=True)
-    before = state["settings"]
-    names = sorted({*before, *settings} - {"workers"})
-    if changed := [name for name in names if before.get(name) != settings.get(name)]:
-        raise ConfigError(
-            f"{resume}: belongs to a pre-training with other settings ({', '.join(changed)}); "
-            "repeat its settings to go on, or remove the file to begin anew"
-        )
-    return state
+def _go_on(
+    resume: Path, settings: Mapping, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict], float]:
+    """Load what the resume file holds and return step, curve and seconds.
+
+    The number of workers alone may differ from the settings, as it changes no number.
+    """
+    try:
+        with zipfile.ZipFile(resume) as archive:  # torch does not compare the checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} in it is damaged")
+        state = torch.load(resume, weights_only=True)
+        before = state["settings"]
+        names = sorted({*before, *settings} - {"workers"})
+        if not (changed := [name for name in names if before.get(name) != settings.get(name)]):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["step"], state["curve"], state["seconds"]
+    except Exception as error:  # of a damaged file the readers raise nearly anything
+        raise CheckpointError(
+            f"{resume} is not what an interrupted pre-training left, or is damaged ({type(error).__name__}); "
+            "remove it to begin anew"
+        ) from error
+    raise ConfigError(
+        f"{resume}: belongs to a pre-training with other settings ({', '.join(changed)}); "
+        "repeat its settings to go on, or remove the file to begin anew"
+    )
 
 
 def _write(state: Mapping, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        torch.save(dict(state), part)
+    try:
+        with whole_file(path) as part:
+            torch.save(dict(state), part)
+    except (OSError, RuntimeError) as error:  # torch has one of its own for a full disk
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); make room and give the same command again"
+        ) from error

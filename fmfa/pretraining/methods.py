@@ -71,6 +71,10 @@ def clip(settings: Mapping) -> Method:
     text = config["text_cfg"]
     context = text.get("context_length", 77)
     if text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY:
+        if settings["vocabulary"]:
+            raise ConfigError(
+                f"vocabulary is given, but the configuration has the {CLIP_VOCABULARY} tokens of CLIP's own"
+            )
         tokenizer = clip_tokenizer(context)
     else:
         tokenizer = small_tokenizer(settings["vocabulary"] or SMALL_VOCABULARY, context)
