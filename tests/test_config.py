@@ -51,7 +51,7 @@ def test_a_value_of_another_type_is_refused(values):
 @pytest.mark.parametrize(
     "values",
     [
-        {"epochs": -1},
+        {"epochs": -2},
         {"learning_rate": -1e-5},
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
@@ -180,6 +180,22 @@ def test_a_loss_over_masked_captions_needs_a_mask_rate(values, reader):
         TrainConfig(mask_rate=0, **values).resolved()
     for other in ({"method": "clip"}, {"method": "ivt"}, {"method": "irra", "objectives": "irr=0"}):
         assert TrainConfig(mask_rate=0, **other).resolved().mask_rate == 0
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(-1, 60), (0, 0), (3, 3)])
+def test_no_epochs_are_not_the_presets_epochs(epochs, expected):
+    assert TrainConfig(dataset="CUHK-PEDES", epochs=epochs).resolved().epochs == expected
+
+
+@pytest.mark.parametrize(("text", "grid"), [("", None), ("24x8", (24, 8)), (" 18 x 8 ", (18, 8))])
+def test_a_position_grid_is_rows_and_columns(text, grid):
+    assert TrainConfig(position_grid=text).grid == grid
+
+
+@pytest.mark.parametrize("text", ["24", "0x8", "24x", "24x8x2", "-4x8", "24,8"])
+def test_a_position_grid_of_another_form_is_refused(text):
+    with pytest.raises(ConfigError, match="expected rows x columns, such as 24x8"):
+        TrainConfig(position_grid=text)
 
 
 def test_given_values_stand_against_the_preset():

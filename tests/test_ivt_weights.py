@@ -12,6 +12,7 @@ from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
 from fmfa.weights.files import read_state_dict
 from fmfa.weights.ivt import load_ivt, start_from_vit_and_bert
+from fmfa.weights.own import save_checkpoint
 
 NARROW = IvtConfig(width=24, heads=2, vocab_size=40, positions=20)  # 12 blocks, 384 x 128, stride 12
 UNUSED = {
@@ -180,13 +181,23 @@ def test_positions_of_another_stride_are_resized_from_their_own_grid_or_kept():
     assert all(torch.equal(kept.state_dict()[name], before[name]) for name in tables)
 
 
-def test_positions_of_an_unknown_grid_are_left_random_and_reported():
-    state = released_state(NARROW)
-    state["encoder_vl.pos_embed"] = torch.randn(1, 1 + 71, 24)  # no stride gives 71, and it is no square
-    report = load_ivt(IvtRetriever(NARROW), state)
-    assert tuple(report.missing) == ("encoder_vl.pos_embed",)
-    assert "encoder_vl.pos_embed" in report.left_out
-    assert "71 positions fit no grid of these images; the model keeps its own values" in str(report)
+def test_positions_of_an_unknown_grid_are_refused_until_it_is_given(tmp_path):
+    config, other = (replace(NARROW, depth=1, image_size=size, stride=16) for size in ((384, 128), (288, 128)))
+    source, model = IvtRetriever(other, seed=1), IvtRetriever(config, seed=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"pos_embed: 144 image positions are a grid of 24 x 6 or 18 x 8.*_grid"):
+        load_ivt(model, source.state_dict())
+    with pytest.raises(CheckpointError, match="position_grid is 9 x 8, but the file has 144"):
+        load_ivt(model, source.state_dict(), position_grid=(9, 8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    report = load_ivt(model, source.state_dict(), position_grid=(18, 8))
+    assert "pos_embed: 144 positions, grid 18 x 8 to 24 x 8, bilinear (18 x 8: as given)" in str(report)
+    expected = naive_resize(source.encoder_vl.pos_embed.detach(), (18, 8), (24, 8))
+    assert np.allclose(model.state_dict()["encoder_vl.pos_embed"].numpy(), expected, atol=1e-5)
+    save_checkpoint(tmp_path / "own.safetensors", source, {"model": source.config})
+    assert "18 x 8: as recorded" in str(load_ivt(model, tmp_path / "own.safetensors"))
+    with pytest.raises(CheckpointError, match="71 image positions are no grid"):
+        load_ivt(model, released_state(NARROW) | {"encoder_vl.pos_embed": torch.randn(1, 1 + 71, 24)})
 
 
 def test_a_square_vit_grid_is_resized_even_where_the_model_has_as_many_patches():
@@ -199,19 +210,19 @@ def test_a_square_vit_grid_is_resized_even_where_the_model_has_as_many_patches()
     assert np.allclose(model.state_dict()["encoder_vl.pos_embed"].numpy(), expected, atol=1e-5)
 
 
-def vit_state(width=24, depth=12):
+def vit_state(width=24, depth=12, patch=16):
     vit = timm.models.VisionTransformer(
-        img_size=224, patch_size=16, embed_dim=width, depth=depth, num_heads=2, num_classes=7
+        img_size=14 * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=2, num_classes=7
     )
     generator = torch.Generator().manual_seed(1)
     return {name: torch.randn(value.shape, generator=generator) for name, value in vit.state_dict().items()}
 
 
-def bert_state(prefix="", norm=("weight", "bias"), width=24, layers=12):
+def bert_state(prefix="", norm=("weight", "bias"), width=24, layers=12, words=40, positions=20):
     generator = torch.Generator().manual_seed(2)
     shapes = {
-        "embeddings.word_embeddings.weight": (40, width),
-        "embeddings.position_embeddings.weight": (20, width),
+        "embeddings.word_embeddings.weight": (words, width),
+        "embeddings.position_embeddings.weight": (positions, width),
         "embeddings.token_type_embeddings.weight": (2, width),
         f"embeddings.LayerNorm.{norm[0]}": (width,),
         f"embeddings.LayerNorm.{norm[1]}": (width,),
@@ -289,8 +300,19 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
     state["encoder_vl.embeddings.word_embeddings.weight"] = torch.ones(41, 24)
     with pytest.raises(CheckpointError, match=r"word_embeddings.*\(41, 24\).*\(40, 24\)"):
         load_ivt(model, state)
-    with pytest.raises(CheckpointError, match=r"no tensor fits IVT.*base_model\.a"):
+    with pytest.raises(CheckpointError, match=r"none of its 1 tensors fits this model's IVT.*base_model\.a"):
         load_ivt(model, {"base_model.a": torch.ones(1)})
+    text = {name: value for name, value in released_state(NARROW).items() if "mlp_txt" not in name}
+    with pytest.raises(CheckpointError, match=r"random values in 48 of 204 .*blocks\.0\.mlp_txt\.fc1\.weight"):
+        load_ivt(model, text)
+    with pytest.raises(CheckpointError, match=r"random values in 53 of 203 tensors; looked for .*word_embeddings"):
+        start_from_vit_and_bert(model, vit_state(), {"text_model.embeddings": torch.ones(1)})
+    for broken, said in (
+        (torch.full((24,), torch.nan), "not finite in 24 of 24"),
+        (torch.ones(24) > 0, "of type bool"),
+    ):
+        with pytest.raises(CheckpointError, match=f"encoder_vl.norm.bias is {said}"):
+            load_ivt(model, released_state(NARROW) | {"encoder_vl.norm.bias": broken})
     with pytest.raises(ConfigError, match="'resize' or 'keep'"):
         load_ivt(model, state, positions="drop")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

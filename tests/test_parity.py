@@ -76,8 +76,8 @@ def test_it_fails_when_a_batch_loss_is_wrong_by_a_millionth_in_float64(monkeypat
     assert above("fmfa_narrow.npz") == {f"batchloss/{i}/sdm" for i in range(4)}
 
 
-def changed(tmp_path, **entries):
-    with np.load(FIXTURES / "fmfa_short.npz") as file:
+def changed(tmp_path, fixture="fmfa_short.npz", **entries):
+    with np.load(FIXTURES / fixture) as file:
         arrays = {**dict(file), **{name: value for name, value in entries.items() if value is not None}}
     for name in [name for name, value in entries.items() if value is None]:
         del arrays[name]
@@ -108,6 +108,21 @@ def test_files_of_another_layout_are_errors(tmp_path, capsys):
     assert "of no known layout" in capsys.readouterr().err
     assert parity.main([changed(tmp_path, **{"batch/images": None})]) == 2
     assert "lacks the entry 'batch/images'" in capsys.readouterr().err
+
+
+TABLES = ("clip/visual.positional_embedding", "clip/positional_embedding", "state_dict/encoder_vl.type_embed")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_position_table_of_another_size_is_an_error(tmp_path, capsys, name):
+    """15 positions of a picture, or 21 of a caption, would be resized, and every quantity with them."""
+    shapes = {TABLES[0]: (1 + 15, 64), TABLES[1]: (21, 64), TABLES[2]: (1, 1 + 3, 64)}
+    fixture = "ivt_small.npz" if name.startswith("state") else "fmfa_short.npz"
+    path = changed(tmp_path, fixture, **{name: np.ones(shapes[name], dtype=np.float32)})
+    assert parity.main([path]) == 2
+    said = capsys.readouterr().err
+    assert path in said
+    assert "position_grid is 4 x 4, but the file has 15" in said or "do not have the sizes of its config" in said
 
 
 def test_differences_are_relative_to_the_largest_reference():

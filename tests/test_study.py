@@ -1,6 +1,7 @@
 """Notebooks 02 to 04 as a chain, and a full-size model on a directory in CUHK-PEDES format."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fmfa.models.clip import ClipRetriever
 from fmfa.results import METRICS, rows_paired_table, run_results
 from fmfa.runner import run_notebook
 from fmfa.simpedes import generate, recipe
+from fmfa.systems import load_system
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -74,6 +76,39 @@ def test_train_evaluate_compare(tiny, tmp_path):
     assert table.loc["fmfa-0", list(METRICS)].between(0, 100).all()
     difference = rows_paired_table(results, "clip").set_index("row").loc["fmfa", "R@1 difference"]
     assert difference == pytest.approx(table.loc["fmfa-0", "R@1"] - table.loc["clip-0", "R@1"])
+
+
+@pytest.mark.xdist_group("notebooks-2")
+def test_released_weights_are_evaluated_and_shown_without_a_training(tiny, tmp_path):
+    """A file in IRRA's layout, beside a run that was not trained from the same file."""
+    shipped = load_system().model
+    state = {name.replace("clip.", "module.base_model.", 1): value for name, value in shipped.state_dict().items()}
+    released = tmp_path / "irra.pth"
+    torch.save({"model": state, "epoch": 60}, released)
+    (tmp_path / "backbone.json").write_text(json.dumps(shipped.config["backbone"]))
+    data = {"dataset": "SimPEDES-street", "root": str(tiny)}
+    about = {"backbone": str(tmp_path / "backbone.json"), "image_height": 96, "image_width": 32, "stride": 8} | data
+    folder = tmp_path / "zero-0"
+    record, text, figures = run(
+        "02_train.ipynb", folder / "train.ipynb", method="irra", weights=str(released), epochs=0, run=str(folder),
+        **data,
+    )  # fmt: skip
+    assert record["status"] == "finished"
+    assert "0 left out" in text
+    (recall,) = re.findall(r"best epoch 0 with validation R@1 ([\d.]+) %", text)
+    assert figures == 1
+    record, text, _ = run(
+        "03_evaluate.ipynb", tmp_path / "evaluate.ipynb", run=str(released), split="val", phrases=0,
+        counterfactuals=0, **about,
+    )  # fmt: skip
+    assert record["status"] == "finished"
+    assert f"{released} (IRRA layout)" in text
+    assert re.search(rf"this system +text to image +{recall} \[", text)
+    runs = json.dumps([str(folder), str(released)])
+    record, text, figures = run("05_visualise.ipynb", tmp_path / "pictures.ipynb", runs=runs, results="", **about)
+    assert record["status"] == "finished"
+    assert f"{released} (IRRA layout)" in text
+    assert figures > 4
 
 
 @pytest.mark.xdist_group("notebooks-2")

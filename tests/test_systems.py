@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 import torch
 from formats import write_cuhk, write_icfg
-from test_ivt_weights import NARROW, UNUSED, released_state
+from test_ivt_weights import NARROW, UNUSED, bert_state, released_state, vit_state
+from torchvision.transforms import InterpolationMode
 
+from fmfa import plots_retrieval
 from fmfa import results as study
 from fmfa.data.datasets import open_dataset, with_phrase_spans
 from fmfa.data.transforms import CLIP_MEAN
 from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
 from fmfa.files import write_json
+from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.ivt_network import IvtConfig
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes import generate, read_truth, recipe
-from fmfa.systems import build_system, load_start, load_system, open_test_data, open_training_data, run_training
+from fmfa.systems import (
+    build_system,
+    load_start,
+    load_system,
+    load_systems,
+    open_test_data,
+    open_training_data,
+    run_training,
+)
 from fmfa.systems.budgets import pretraining_table
 from fmfa.systems.clip import TINY_BACKBONE
 from fmfa.systems.ivt import TINY_VOCABULARY
@@ -343,16 +354,16 @@ def test_ivt_starts_from_an_own_file_and_from_vit_and_bert(root, backbone, tmp_p
     own = build_system(ivt(root, backbone, weights=str(tmp_path / "own.safetensors")), data)
     assert not own.report.missing
     assert all(torch.equal(value, own.model.state_dict()[name]) for name, value in donor.state_dict().items())
-    vit = {"cls_token": torch.full((1, 1, 16), 3.0), "blocks.0.mlp.fc1.bias": torch.full((64,), 4.0)}
-    bert = {"bert.encoder.layer.0.intermediate.dense.bias": torch.full((64,), 5.0)}
+    vit, bert = vit_state(16, depth=1, patch=8), bert_state(width=16, layers=1, words=667, positions=64)
     torch.save(vit, tmp_path / "vit.pth")
     torch.save(bert, tmp_path / "bert.pth")
     files = {"weights": str(tmp_path / "vit.pth"), "text_weights": str(tmp_path / "bert.pth")}
     found = build_system(ivt(root, backbone, **files), data)
     state = found.model.state_dict()
-    assert (state["encoder_vl.cls_token"] == 3).all()
-    assert (state["encoder_vl.blocks.0.mlp_vis.fc1.bias"] == 4).all()
-    assert (state["encoder_vl.blocks.0.mlp_txt.fc1.bias"] == 5).all()
+    for ours, theirs in (("cls_token", "cls_token"), ("blocks.0.mlp_vis.fc1.bias", "blocks.0.mlp.fc1.bias")):
+        assert torch.equal(state[f"encoder_vl.{ours}"], vit[theirs])
+    words = "embeddings.word_embeddings.weight"
+    assert torch.equal(state[f"encoder_vl.{words}"], bert[words])
     assert found.report.layout == "ViT and BERT"
 
 
@@ -417,6 +428,129 @@ def test_a_record_of_neither_model_is_refused(tmp_path):
 def test_the_start_of_a_checkpoint_outside_a_run_is_not_known(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
     assert load_start(tmp_path / "a.safetensors", None) is None
+
+
+NARROW_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 740, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A two-stream model in IRRA's layout, as a wrapped training left it, and the file of its backbone."""
+    model = ClipRetriever(NARROW_CLIP, image_size=(72, 24), seed=5)
+    state = {f"module.base_{name.replace('clip', 'model', 1)}": value for name, value in model.state_dict().items()}
+    torch.save({"model": state | {"module.classifier.weight": torch.ones(3, 16)}, "epoch": 60}, tmp_path / "irra.pth")
+    (tmp_path / "narrow.json").write_text(json.dumps(NARROW_CLIP))
+    return model, tmp_path / "irra.pth", {"backbone": str(tmp_path / "narrow.json"), "dataset": "SimPEDES-street"}
+
+
+def test_a_file_of_another_code_is_evaluated_without_a_training(root, released):
+    model, path, about = released
+    system = load_system(path, image_height=72, image_width=24, stride=8, **about)
+    assert not system.model.training
+    assert system.report.left_out == ("classifier.weight",)
+    assert all(torch.equal(value, system.model.state_dict()[name]) for name, value in model.state_dict().items())
+    data = open_dataset("SimPEDES-street", root)
+    found = system.evaluate(data, "test", progress=False).metrics["text to image"].summary
+    assert found == system.evaluate(data, "test", progress=False).metrics["text to image"].summary
+    resized = load_system(path, **about)  # by the sizes of SimPEDES
+    assert resized.model.clip.visual.grid_size == (12, 4)
+    assert "27 positions, grid 9 x 3 to 12 x 4, bilinear" in str(resized.report)
+    with pytest.raises(CheckpointError, match="position_grid is 3 x 3"):
+        load_system(path, position_grid="3x3", **about)
+    with pytest.raises(CheckpointError, match=r"irra\.pth: none of its 39 tensors"):
+        load_system(path)  # the tiny backbone of SimPEDES
+    with pytest.raises(ConfigError, match=r"'backbon"):
+        load_system(path, backbon="ViT-B-16")
+
+
+def test_tbps_clip_reads_pictures_as_in_its_training(released, tmp_path):
+    model, _, about = released
+    state = {
+        name.replace("clip.", "" if name.startswith(("clip.visual", "clip.logit")) else "encode_text.", 1): value
+        for name, value in model.state_dict().items()
+    }
+    torch.save({"model": state}, tmp_path / "checkpoint_best.pth")
+    transform = load_system(tmp_path / "checkpoint_best.pth", **about).transform
+    grey = torch.full((3, 96, 32), 124, dtype=torch.uint8)  # 124 / 255 is ImageNet's mean of red
+    torch.testing.assert_close(transform.finish(grey)[0, 0, 0], torch.tensor((124 / 255 - 0.485) / 0.229))
+    assert transform.interpolation == InterpolationMode.BICUBIC
+
+
+def test_a_released_ivt_is_evaluated_without_a_training(root, words, tmp_path):
+    (tmp_path / "narrow.json").write_text(json.dumps({"width": 24, "heads": 2, "vocab_size": 40, "positions": 20}))
+    state = released_state(NARROW)
+    torch.save({"state_dict": state}, tmp_path / "checkpoint_best.pth")
+    about = {"backbone": str(tmp_path / "narrow.json"), "vocabulary": str(words), "dataset": "CUHK-PEDES"}
+    system = load_system(tmp_path / "checkpoint_best.pth", **about)
+    assert isinstance(system.model, IvtRetriever)
+    assert set(system.report.left_out) == UNUSED
+    assert not system.report.resized  # 384 x 128 at stride 12
+    assert "coat" in system.tokenizer.decode(system.tokenizer(["coat"])[0])
+    assert len(system.evaluate(open_dataset("SimPEDES-street", root), "test", progress=False).rows)
+
+
+def test_weights_that_open_clip_knows_are_named_with_their_model(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("network unreachable")
+
+    monkeypatch.setattr("fmfa.weights.loading.download_pretrained", offline)
+    with pytest.raises(CheckpointError, match=r"'openai' of 'ViT-B-32-quickgelu' cannot be fetched.*unreachable"):
+        load_system("/home/me/ViT-B-32-quickgelu/openai", dataset="CUHK-PEDES")  # as a notebook takes it
+    for name in ("ViT-B-1666/openai", "runs/nothing", "irra.pth"):
+        with pytest.raises(CheckpointError, match=f"{name}: no such file or folder.*such as ViT-B-16-quickgelu/openai"):
+            load_system(name)
+
+
+def test_a_run_knows_its_model(tmp_path, released):
+    own = "data/tiny_clip.safetensors"
+    with pytest.raises(ConfigError, match=r"tiny_clip.safetensors knows its own model: leave out stride"):
+        load_system(own, dataset="CUHK-PEDES", stride=8)
+    _, path, about = released
+    (tmp_path / "other").mkdir()
+    shutil.copy(path, tmp_path / "other" / "irra.pth")
+    again = str(tmp_path / "other" / "irra.pth")
+    systems = load_systems([own, str(path), again], **about)
+    assert list(systems) == ["tiny_clip", str(path), again]
+    assert [system.report is None for system in systems.values()] == [True, False, False]
+    with pytest.raises(ConfigError, match="leave out backbone"):
+        load_systems([own], **about)
+
+
+def test_no_epochs_evaluate_the_starting_weights(root, backbone, tmp_path, capsys):
+    config = ivt(root, backbone, epochs=0, keep_epochs=True)
+    run = run_training(config, tmp_path / "run")
+    data, record = open_dataset("SimPEDES-street", root), read_record(run)
+    assert (record["status"], record["steps"], record["best_epoch"]) == ("finished", 0, 0)
+    values = read_metrics(run)
+    assert set(values["split"]) == {"val"}
+    found = load_system(run).evaluate(data, "val", progress=False).metrics["text to image"].summary
+    assert found["R@1"] == pytest.approx(record["best"])
+    start = build_system(config, data).model.state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in load_system(run).model.state_dict().items())
+    assert run_training(config, run) == run
+    assert not plots_retrieval.plot_training(run).axes[0].get_title().startswith("loss")
+    with pytest.raises(TrainingError, match="epochs 0 there, 1 now"):
+        run_training(replace(config, epochs=1), run)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"), [("none", "random starting weights"), ("", "tiny_clip.safetensors (fmfa")]
+)
+def test_where_the_weights_come_from_is_printed_and_kept(root, tmp_path, capsys, weights, said):
+    config = TrainConfig(method="clip", root=str(root), weights=weights, epochs=0, device="cpu", tensorboard=False)
+    run_training(config, tmp_path)
+    kept = (tmp_path / "weights.txt").read_text()
+    assert said in kept
+    assert kept in capsys.readouterr().out
+
+
+def test_a_file_directly_below_the_root_lies_in_no_run(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: path.name == "irra.pth")
+    assert load_start("/irra.pth", None) is None
 
 
 def test_the_pretraining_table_reads_the_records(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from fmfa.data.images import load_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 FULL_SIZE, FULL_PAD = (384, 128), 10  # the padding of both papers belongs to this size
 
@@ -80,6 +81,11 @@ def fmfa_evaluation(size: Size) -> ImageTransform:
 def ivt_evaluation(size: Size) -> ImageTransform:
     """Bilinear resize (as released, though training is bicubic), mean and standard deviation 0.5."""
     return ImageTransform(size, InterpolationMode.BILINEAR, _normalise(HALF, HALF))
+
+
+def tbps_clip_evaluation(size: Size) -> ImageTransform:
+    """Bicubic resize, ImageNet's mean and standard deviation, as TBPS-CLIP (AAAI 2024) reads pictures."""
+    return ImageTransform(size, InterpolationMode.BICUBIC, _normalise(IMAGENET_MEAN, IMAGENET_STD))
 
 
 class _Erasing(v2.RandomErasing):

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from fmfa.errors import ConfigError
 
+Grid = tuple[int, int]  # rows and columns of patches
+
 
 def backbone_config(source: str | Path | Mapping) -> dict:
     """The open_clip configuration of a backbone, as a new dictionary.
@@ -120,7 +122,46 @@ def _set_stride(visual: VisionTransformer, stride: int | None) -> None:
         visual.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + math.prod(grid), width))
 
 
-def resize_positions(positions: Tensor, grid: tuple[int, int], *, source_grid: tuple[int, int] | None = None) -> Tensor:
+def table_grid(count: int, *likely: Mapping[Grid, str], given: Grid | None = None) -> tuple[Grid, str]:
+    """Rows and columns of a table of image positions, of which only the length is known.
+
+    144 positions are 12 x 12 of a square picture, 18 x 8 of 288 x 128 pixels and 24 x 6 of 384 x 96. The given grid
+    decides, else the likely one of this length, else the only one of a square picture or of a person's, which is 1.5
+    to 4 times as high as wide.
+
+    Args:
+        count: positions of the table without the class token's.
+        likely: grids (rows, columns) and what they are; the first mapping that has one of this length is used.
+        given: by the user.
+
+    Returns:
+        The grid, and what it is.
+
+    Raises:
+        ConfigError: the given grid has another number of positions, or no grid or several have this one.
+    """
+    if given and math.prod(given) != count:
+        raise ConfigError(f"position_grid is {_spoken(given)}, but the file has {count} image positions")
+    found = {given: "as given"} if given else {}
+    for grids in likely:
+        found = found or {grid: what for grid, what in grids.items() if math.prod(grid) == count}
+    if not found:
+        shapes = ((count // w, w) for w in range(1, math.isqrt(max(count, 0)) + 1) if count % w == 0)
+        found = {(h, w): "the only square or upright one" for h, w in shapes if h == w or 1.5 <= h / w <= 4}
+    if len(found) != 1:
+        what = f"a grid of {' or '.join(map(_spoken, found))}" if found else "no grid of a square or upright picture"
+        raise ConfigError(
+            f"{count} image positions are {what}; give the rows and columns that the weights were trained with as "
+            "position_grid, such as 24x8"
+        )
+    return next(iter(found.items()))
+
+
+def _spoken(grid: Grid) -> str:
+    return f"{grid[0]} x {grid[1]}"
+
+
+def resize_positions(positions: Tensor, grid: Grid, *, source_grid: Grid | None = None) -> Tensor:
     """Resize a ViT's position embeddings to another grid: bilinear, no antialias, corners not aligned.
 
     Args:

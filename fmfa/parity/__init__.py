@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fmfa.errors import FmfaError
+from fmfa.errors import CheckpointError, FmfaError
 from fmfa.parity.fmfa import fmfa_rows, is_fmfa_file
 from fmfa.parity.ivt import is_ivt_file, ivt_rows
 from fmfa.parity.row import Row
@@ -41,6 +41,8 @@ def parity_rows(path: str | Path) -> list[Row]:
                 return list(rows(arrays))
             except KeyError as error:
                 raise FmfaError(f"{path}: lacks the entry {error}, which its layout needs") from error
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
     raise FmfaError(
         f"{path}: of no known layout; expected entries under clip/ (FMFA) or state_dict/encoder_vl. (IVT), "
         f"found {', '.join(list(arrays)[:5]) or 'none'}"

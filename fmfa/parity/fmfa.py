@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from fmfa import losses
+from fmfa.errors import CheckpointError
 from fmfa.evaluation.metrics import rank_metrics
 from fmfa.losses.efa import group_patches, sparsify
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.objectives import objectives
 from fmfa.parity.row import Row, compare
 from fmfa.training.schedule import warmup_cosine
-from fmfa.weights.loading import load_weights
+from fmfa.weights.loading import IMAGE_POSITIONS, NOT_ENCODERS, load_weights
 
 QUANTITIES = ("out/", "loss/", "gradnorm/", "grad/", "efa/", "batchloss/", "rank/", "schedule/")
 POSITIONS = "model/base_model.visual.positional_embedding"
+MAY_CHANGE = (IMAGE_POSITIONS, *NOT_ENCODERS)  # the temperature is fixed
 GIVEN = re.compile(r"^batchloss/\d+/(image|text|pid)$|^rank/\d+/(similarity|query_pid|gallery_pid)$")
 LOSSES = {
     "itc_loss": "itc",
@@ -42,7 +44,11 @@ def is_fmfa_file(arrays: Arrays) -> bool:
 def fmfa_model(arrays: Arrays) -> ClipRetriever:
     """The model that a parity file describes, with its weights, in training mode and with every loss on.
 
-    The captions of the file are given explicitly, so the retrieval branch sees them unmasked.
+    The captions of the file are given explicitly, so the retrieval branch sees them unmasked. The image positions are
+    resized from the square grid of CLIP's pictures, as the released code does, which is one of the quantities.
+
+    Raises:
+        CheckpointError: the weights are not whole or not of the sizes of the file's config.
     """
     number = {name[7:]: int(arrays[name]) for name in arrays if name[:7] == "config/" and not arrays[name].ndim}
     wanted = objectives("fmfa", "released", itc=1, cmpm=1, sdm=1, irr_depth=number["depth"], retrieval_sees_mask=False)
@@ -64,7 +70,10 @@ def fmfa_model(arrays: Arrays) -> ClipRetriever:
     heads = {name[6:]: arrays[name] for name in arrays if name.startswith("model/") and name != POSITIONS}
     weights = {name: torch.from_numpy(value) for name, value in (clip | heads).items()}
     model.to(weights["base_model.visual.proj"].dtype)
-    load_weights(model, weights)
+    side = number["res"] // number["patch"]
+    report = load_weights(model, weights, position_grid=(side, side))
+    if changed := [name for name in (*report.resized, *report.missing) if name not in MAY_CHANGE]:
+        raise CheckpointError(f"the weights of the file do not have the sizes of its config: {', '.join(changed)}")
     return model.train()
 
 

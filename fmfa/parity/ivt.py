@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmfa.errors import CheckpointError
 from fmfa.evaluation.metrics import feature_metrics
 from fmfa.losses.projection import cmpm_joint
 from fmfa.models.backbone import resize_positions
@@ -24,7 +25,11 @@ def is_ivt_file(arrays: Mapping[str, np.ndarray]) -> bool:
 
 
 def ivt_model(arrays: Mapping[str, np.ndarray]) -> IvtRetriever:
-    """The model that a parity file describes, with its weights, in float64 and without dropout."""
+    """The model that a parity file describes, with its weights, in float64 and without dropout.
+
+    Raises:
+        CheckpointError: the weights are not whole or not of the sizes of the file's config.
+    """
     config = {name.removeprefix("config/"): arrays[name] for name in arrays if name.startswith("config/")}
     model = IvtRetriever(
         IvtConfig(
@@ -45,10 +50,9 @@ def ivt_model(arrays: Mapping[str, np.ndarray]) -> IvtRetriever:
         )
     )
     prefix = "state_dict/"
-    load_ivt(
-        model,
-        {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays if n.startswith(prefix)},
-    )
+    weights = {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays if n.startswith(prefix)}
+    if changed := load_ivt(model, weights).resized:
+        raise CheckpointError(f"the weights of the file do not have the sizes of its config: {', '.join(changed)}")
     return model.double()
 
 

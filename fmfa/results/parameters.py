@@ -1,6 +1,6 @@
 """Parameters of the notebooks that evaluate a run and compare the runs of a folder, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fmfa.errors import ConfigError
@@ -11,7 +11,24 @@ _SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class EvaluateParameters:
+class ModelParameters:
+    """What a notebook can say of the model of a weight file that does not record it; "" and 0 are not said."""
+
+    vocabulary: str
+    backbone: str
+    image_height: int
+    image_width: int
+    stride: int
+    position_grid: str
+
+    @property
+    def model(self) -> dict[str, str | int]:
+        """The parameters of `fmfa.systems.load_system` that describe a model."""
+        return {parameter.name: getattr(self, parameter.name) for parameter in fields(ModelParameters)}
+
+
+@dataclass(frozen=True)
+class EvaluateParameters(ModelParameters):
     """Parameters of `notebooks/03_evaluate.ipynb`, checked."""
 
     run: str
@@ -60,7 +77,7 @@ class CompareParameters:
 
 
 @dataclass(frozen=True)
-class VisualiseParameters:
+class VisualiseParameters(ModelParameters):
     """Parameters of `notebooks/05_visualise.ipynb`, checked."""
 
     runs: list

@@ -4,15 +4,17 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from open_clip.factory import HF_HUB_PREFIX
+from open_clip.pretrained import list_pretrained_tags_by_model
 from torch import nn
 
 from fmfa.data.annotation_files import canonical_name
 from fmfa.data.annotations import Dataset
-from fmfa.data.datasets import PROJECT, open_dataset
-from fmfa.data.transforms import ImageTransform, fmfa_evaluation, ivt_evaluation
+from fmfa.data.datasets import PROJECT, open_dataset, project_path
+from fmfa.data.transforms import ImageTransform, fmfa_evaluation, ivt_evaluation, tbps_clip_evaluation
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.evaluation import Evaluation, evaluate
@@ -25,8 +27,11 @@ from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 from fmfa.training import CONFIG, run_config, train
 from fmfa.training.checkpoints import STATE, WEIGHTS, checked, selected_checkpoint
 from fmfa.training.config import TrainConfig
-from fmfa.weights.loading import LoadReport
-from fmfa.weights.own import load_retriever
+from fmfa.training.processes import launched_rank
+from fmfa.weights.files import read_state_dict
+from fmfa.weights.ivt import PREFIX as IVT_PREFIX
+from fmfa.weights.loading import TBPS_CLIP, LoadReport
+from fmfa.weights.own import load_retriever, recorded_model
 
 NO_WEIGHTS = "none"
 VOCABULARY = "vocab.txt"
@@ -55,16 +60,17 @@ class System:
         return evaluate(self.model, rows, dataset.images, self.tokenizer, self.transform, seed=seed, progress=progress)
 
 
-def build_system(config: TrainConfig, dataset: Dataset) -> System:
+def build_system(config: TrainConfig, dataset: Dataset | None = None) -> System:
     """Build the model that a configuration describes, with its starting weights, for a data set.
 
     Backbone and weights left empty are the tiny CLIP or the tiny IVT in `data/` on SimPEDES. On other data they are
     OpenAI's ViT-B/16 (fetched by open_clip once), and for ivt an ImageNet ViT-B/16 with BERT (fetched by timm and from
-    the Hugging Face hub); `weights="none"` starts from random weights.
+    the Hugging Face hub); `weights="none"` starts from random weights. Without a data set there is no classifier, so
+    the objectives must do without an ID loss.
 
     Raises:
         ConfigError: the parts do not fit.
-        CheckpointError: the weights cannot be found, fetched or read.
+        CheckpointError: the weights cannot be found, fetched or read, or leave a part of an encoder random.
     """
     config = config.resolved()
     ivt = config.method == "ivt"
@@ -75,29 +81,64 @@ def build_system(config: TrainConfig, dataset: Dataset) -> System:
     return _system(model, config.vocabulary, report)
 
 
-def load_system(source: str | Path = "", device: str = "cpu") -> System:
-    """Reopen a trained system.
+def load_system(
+    source: str | Path = "", device: str = "cpu", *, dataset: str = "", vocabulary: str = "", **model: str | int
+) -> System:
+    """Open trained weights: a run, or a weight file from anywhere.
 
     Args:
-        source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, or empty
-            for the shipped tiny CLIP.
+        source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, a weight
+            file of any layout that `load_weights` or `load_ivt` understands, weights that open_clip knows as MODEL/TAG
+            (`ViT-B-16-quickgelu/openai`) or `hf-hub:...`, or empty for the shipped tiny CLIP. TBPS-CLIP's read pictures
+            as their training did.
         device: where it works: auto (a GPU where there is one), cpu or cuda.
+        dataset: name of the data that is searched, whose preset sizes a foreign file gets where `model` has none.
+        vocabulary: of an IVT; empty for the one in its run folder, or the one of the model's size.
+        model: `backbone`, `image_height`, `image_width`, `stride` and `position_grid` as in `TrainConfig`, for files
+            that do not say what their model is; "" and 0 are not given.
 
     Raises:
-        CheckpointError: nothing of that kind there, or it is damaged.
-        ConfigError: no such device, or the vocabulary of an IVT is neither in its run folder nor known by its size.
+        CheckpointError: nothing of that kind there, or it is damaged, or does not fit.
+        ConfigError: no such device; the vocabulary of an IVT is not known; a parameter in `model` that does not fit, or
+            is given for a run or own checkpoint, which knows its model.
     """
-    path = Path(source) if source else TINY_WEIGHTS
+    source = project_path(str(source)) or str(TINY_WEIGHTS)
+    given = {name: value for name, value in model.items() if value}
+    if not _is_own(source):
+        known = {"dataset": dataset, "vocabulary": vocabulary} | given
+        config = _foreign(source, {name: value for name, value in known.items() if value})
+        system = build_system(config)
+        system.model.eval().to(choose_device(device))
+        if system.report.layout == TBPS_CLIP:
+            system = replace(system, transform=tbps_clip_evaluation(system.transform.size))
+        return system
+    if given:
+        raise ConfigError(f"{source} knows its own model: leave out {', '.join(given)}")
+    path = Path(source)
     if path.is_dir():
         path = selected_checkpoint(path) / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a run folder or a .safetensors checkpoint of this project")
     if (path.parent / STATE).is_file():
         checked(path.parent, path.name)
-    model, _ = load_retriever(path)
     run = _run_of(path)
     kept = run / VOCABULARY if run else None
-    return _system(model.to(choose_device(device)), kept if kept and kept.is_file() else "")
+    loaded, _ = load_retriever(path)
+    return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
+
+
+def load_systems(sources: Sequence[str], device: str = "cpu", **parameters: str | int) -> dict[str, System]:
+    """Several systems by name, each as `load_system` opens it; parameters of a model go to those that need them.
+
+    A system has the name of its folder or file, or its whole path where two would have the same name.
+    """
+    names = [Path(source).name if Path(source).is_dir() else Path(source).stem for source in sources]
+    foreign = [source for source in sources if not _is_own(project_path(source))]
+    shared = {name: parameters[name] for name in ("dataset", "vocabulary") if name in parameters}
+    return {
+        source if names.count(name) > 1 else name: load_system(
+            source, device, **(shared if foreign and source not in foreign else parameters)
+        )
+        for source, name in zip(sources, names, strict=True)
+    }
 
 
 def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> System | None:
@@ -123,11 +164,15 @@ def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> Sys
 def run_training(config: TrainConfig, folder: str | Path) -> Path:
     """Open the data, build the system, train it and return the run folder; a finished run is left as it is.
 
-    A run of IVT keeps its vocabulary as `vocab.txt`, so that it can be reopened wherever it is moved.
+    What became of every tensor of the starting weights is printed, and kept as `weights.txt`. A run of IVT keeps its
+    vocabulary as `vocab.txt`, so that it can be reopened wherever it is moved.
     """
     config, folder = config.resolved(), Path(folder).expanduser()
     dataset = open_training_data(config)
     system = build_system(config, dataset)
+    start = str(system.report or "random starting weights")
+    if launched_rank() == 0:
+        print(start)
     if config.method == "ivt":
         _keep_vocabulary(system.tokenizer, folder)
 
@@ -136,7 +181,7 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
         found = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
         return found.metrics["text to image"].summary
 
-    return train(config, system.model, dataset, system.tokenizer, folder, validate=validate)
+    return train(config, system.model, dataset, system.tokenizer, folder, validate=validate, start=start)
 
 
 def open_training_data(config: TrainConfig) -> Dataset:
@@ -197,6 +242,27 @@ def _system(model: nn.Module, vocabulary: str | Path, report: LoadReport | None 
     return System(model, clip_tokenizer_of(model), fmfa_evaluation(size), report)
 
 
+def _is_own(source: str | Path) -> bool:
+    """Whether it is a run folder, a checkpoint in one, or a file that records its model."""
+    path = Path(source)
+    return path.is_dir() or (path.parent / STATE).is_file() or bool(recorded_model(path))
+
+
+def _foreign(source: str, parameters: dict[str, str | int]) -> TrainConfig:
+    """The configuration of weights that do not record their model: a file, or a name that open_clip knows."""
+    if Path(source).is_file():
+        ivt = any(name.startswith(IVT_PREFIX) for name in read_state_dict(source))
+        return TrainConfig.from_dict({"method": "ivt" if ivt else "clip", "weights": source} | parameters)
+    name = "/".join(Path(source).parts[-2:])  # which a notebook takes for a path from where the user stands
+    backbone, _, tag = (name, "", name) if name.startswith(HF_HUB_PREFIX) else name.rpartition("/")
+    if not name.startswith(HF_HUB_PREFIX) and not list_pretrained_tags_by_model(backbone):
+        raise CheckpointError(
+            f"{source}: no such file or folder, and no weights that open_clip knows; expected a run folder, a weight "
+            "file, or a model and its weights such as ViT-B-16-quickgelu/openai"
+        )
+    return TrainConfig.from_dict({"method": "clip", "backbone": backbone, "weights": tag} | parameters)
+
+
 def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
     path = folder / VOCABULARY
     if not path.is_file():
@@ -209,6 +275,6 @@ def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
 
 def _run_of(path: Path) -> Path | None:
     """The run folder that `path` is, or lies in as RUN/checkpoints/NAME/model.safetensors."""
-    if path.is_file() and path.absolute().parents[1].name == "checkpoints":
-        path = path.absolute().parents[2]
+    if path.is_file() and (home := path.absolute().parent.parent).name == "checkpoints":
+        path = home.parent
     return path if (path / CONFIG).is_file() else None

@@ -13,7 +13,7 @@ FULL_BACKBONE, FULL_WEIGHTS = "ViT-B-16-quickgelu", "openai"
 ONLY_IVT = ("text_weights", "vocabulary", "mask_image", "mask_text")
 
 
-def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
+def build_clip_model(config: TrainConfig, dataset: Dataset | None = None) -> ClipRetriever:
     """The model of a resolved configuration, with random weights.
 
     The ID loss has one class per training identity. FMFA's release has one per training pair, of which those beyond
@@ -26,12 +26,15 @@ def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
         if value := getattr(config, name):
             raise ConfigError(f"{name} is {value!r}, but method {config.method!r} has no such thing: it belongs to ivt")
     backbone = config.backbone or (TINY_BACKBONE if config.dataset.startswith(SIMPEDES) else FULL_BACKBONE)
-    train = dataset.split("train")
-    per_pair = config.method == "fmfa" and config.preset == "released" and not config.dataset.startswith(SIMPEDES)
+    identities = 0
+    if dataset is not None:
+        train = dataset.split("train")
+        per_pair = config.method == "fmfa" and config.preset == "released" and not config.dataset.startswith(SIMPEDES)
+        identities = len(train) if per_pair else int(train["label"].max()) + 1
     return ClipRetriever(
         backbone,
         objectives(config.method, config.preset, config.dataset, **config.objective_overrides()),
-        identities=len(train) if per_pair else int(train["label"].max()) + 1,
+        identities=identities,
         image_size=(config.image_height, config.image_width),
         stride=config.stride,
         seed=config.seed,
@@ -41,7 +44,8 @@ def build_clip_model(config: TrainConfig, dataset: Dataset) -> ClipRetriever:
 def load_clip_start(config: TrainConfig, model: ClipRetriever) -> LoadReport:
     """Load the weights that training starts from; raises CheckpointError as `load_weights`."""
     shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
-    return load_weights(model, project_path(config.weights) or (TINY_WEIGHTS if shipped else FULL_WEIGHTS))
+    weights = project_path(config.weights) or (TINY_WEIGHTS if shipped else FULL_WEIGHTS)
+    return load_weights(model, weights, position_grid=config.grid)
 
 
 def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:

@@ -47,13 +47,13 @@ def load_ivt_start(config: TrainConfig, model: IvtRetriever) -> LoadReport:
     shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
     weights = project_path(config.weights) or (str(TINY_WEIGHTS) if shipped and not config.text_weights else "")
     if config.text_weights or not weights:
-        return start_from_vit_and_bert(model, weights or VIT, config.text_weights or BERT)
+        return start_from_vit_and_bert(model, weights or VIT, config.text_weights or BERT, position_grid=config.grid)
     if not Path(weights).is_file():
         raise CheckpointError(
             f"weights {weights!r}: no such file. IVT starts from a local file (a released IVT checkpoint or an own "
             ".safetensors), from an ImageNet ViT with BERT as text_weights, or from 'none'"
         )
-    return load_ivt(model, weights)
+    return load_ivt(model, weights, position_grid=config.grid)
 
 
 def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPieceTokenizer:

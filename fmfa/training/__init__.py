@@ -12,7 +12,7 @@ from fmfa.check import check_dataset
 from fmfa.data.annotations import Dataset
 from fmfa.devices import repeatable
 from fmfa.errors import ConfigError, TrainingError
-from fmfa.files import held_folder, read_json, said_plainly, write_json
+from fmfa.files import held_folder, read_json, said_plainly, whole_file, write_json
 from fmfa.provenance import data_fingerprint, device_name
 from fmfa.records import read_record, run_record
 from fmfa.text.tokens import Tokenizer
@@ -21,7 +21,7 @@ from fmfa.training.config import TrainConfig
 from fmfa.training.loop import Batches, TrainingLoop
 from fmfa.training.processes import build_accelerator, launched_rank
 
-CONFIG = "config.json"
+CONFIG, START = "config.json", "weights.txt"
 FREE = ("root", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
 """Settings that may change when a run is resumed: they do not touch the weights it ends with."""
 
@@ -34,10 +34,11 @@ def fit(
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     data: str = "",
+    start: str = "",
 ) -> Path:
     """Train a model, or go on with the run that `folder` holds.
 
-    Weights, metrics and records go to `folder`: `config.json`, `run.json`, `metrics.csv`, `logs/` and
+    Weights, metrics and records go to `folder`: `config.json`, `run.json`, `weights.txt`, `metrics.csv`, `logs/` and
     `checkpoints/` (the last, and the best by validation R@1; the earlier epoch stands at a tie; with
     `keep_epochs` the weights after every epoch as well). A run
     that was interrupted anywhere continues from its last complete checkpoint and ends, on the same
@@ -53,6 +54,7 @@ def fit(
         validate: called with the model in evaluation mode on every rank (the models' encoders
             communicate); the metrics of rank 0 count and must contain R@1. Before training as well.
         data: fingerprint of the data; a resumed run must have the same.
+        start: where the model's weights come from, for `weights.txt`.
 
     Returns:
         The run folder.
@@ -77,6 +79,8 @@ def fit(
             held.enter_context(held_folder(folder, TrainingError))
             with said_plainly(f"{folder / CONFIG} cannot be written", TrainingError):
                 write_json(folder / CONFIG, config.to_dict())
+            with said_plainly(f"{folder / START} cannot be written", TrainingError), whole_file(folder / START) as part:
+                part.write_text(f"{start}\n", encoding="utf-8")
             about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
             about |= {"config": config.to_dict(), "processes": accelerator.num_processes}
             notes = held.enter_context(run_record(folder, **about))
@@ -105,6 +109,7 @@ def train(
     folder: str | Path,
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    start: str = "",
 ) -> Path:
     """Train a model on the training split of a data set, after a look at the data; see `fit`.
 
@@ -130,7 +135,7 @@ def train(
     def batches(rank: int, processes: int) -> TableBatches:
         return TableBatches(config, dataset, tokenizer, **reads, rank=rank, processes=processes)
 
-    return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset))
+    return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset), start=start)
 
 
 def run_config(folder: str | Path) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
@@ -52,10 +53,11 @@ class TrainConfig:
     weights: str = _setting("", 'weight file or name; "" = the data set\'s')
     text_weights: str = _setting("", "BERT for ivt by file or hub name; `weights` is an ImageNet ViT then")
     vocabulary: str = _setting("", "ivt's vocab.txt or hub name; \"\" = the one of the backbone's size")
+    position_grid: str = _setting("", 'rows x columns of the weights\' positions, as "24x8"; "" = by their number')
     image_height: int = _setting(0, "pixels; 0 = the data set's", low=0)
     image_width: int = _setting(0, "pixels; 0 = the data set's", low=0)
     stride: int = _setting(0, "pixels between patches; 0 = the preset's", low=0)
-    epochs: int = _setting(0, "passes over the training captions; 0 = the preset's", low=0)
+    epochs: int = _setting(-1, "passes over the training captions; 0 = no training, -1 = the preset's", low=-1)
     batch_size: int = _setting(0, "pairs in a batch over all processes; 0 = the preset's", low=0)
     instances: int = _setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's", low=-1)
     optimizer: str = _setting("", '"" = the preset\'s', choices=("", "adam", "adamw", "sgd"))
@@ -101,6 +103,14 @@ class TrainConfig:
                 object.__setattr__(self, setting.name, value)
             _check(setting, value)
         object.__setattr__(self, "dataset", canonical_name(self.dataset))
+        if self.position_grid and self.grid is None:
+            raise ConfigError(f"position_grid is {self.position_grid!r}; expected rows x columns, such as 24x8")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """`position_grid` as (rows, columns); None where it is empty."""
+        found = re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", self.position_grid)
+        return (int(found[1]), int(found[2])) if found else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":

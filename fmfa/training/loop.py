@@ -94,14 +94,19 @@ class TrainingLoop:
             self.metrics = MetricsLog(folder, metrics)
 
     def run(self) -> None:
-        """Train up to the last epoch.
+        """Train up to the last epoch; without any, the weights that the run starts with are its result.
 
         Raises:
             TrainingError: the loss or the gradient is not finite.
             CheckpointError: a checkpoint cannot be written.
         """
         if self.validate and self.progress.step == 0:
-            self._log("val", 0, self._validate())
+            found = self._validate()
+            self._log("val", 0, found)
+            if self.config.epochs == 0:
+                self._select(found)
+        if self.config.epochs == 0:
+            self._checkpoint()
         while self.progress.epoch < self.config.epochs:
             self._epoch()
 
@@ -158,15 +163,19 @@ class TrainingLoop:
         if self.validate and (progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs):
             found = self._validate()
             self._log("val", progress.epoch, found)
-            if progress.best is None or found[SELECTION] > progress.best:
-                progress.best, progress.best_epoch = found[SELECTION], progress.epoch
-                self._write("best")
+            self._select(found)
         if config.keep_epochs:
             self._write(EPOCH)
         self._checkpoint()
         text = f"epoch {progress.epoch}/{config.epochs}: loss {values['loss/total']:.4f}"
         text += f", validation R@1 {found[SELECTION]:.2f}" if found else ""
         self.accelerator.print(f"{text}, {sums['seconds']:.0f} s")
+
+    def _select(self, found: Mapping[str, float]) -> None:
+        progress = self.progress
+        if progress.best is None or found[SELECTION] > progress.best:
+            progress.best, progress.best_epoch = found[SELECTION], progress.epoch
+            self._write("best")
 
     def _step(self, group: tuple[dict[str, Tensor], ...]) -> dict[str, float]:
         config, accelerator, step = self.config, self.accelerator, self.progress.step

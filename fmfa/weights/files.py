@@ -1,21 +1,26 @@
 """Reading weight files without running what is in them: safetensors, torch files, TorchScript archives."""
 
 import argparse
+import io
 import pickle
+import re
+import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fmfa.errors import CheckpointError
 
-OUTER_KEYS = ("model", "state_dict")
-PREFIX = "module."
+OUTER_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")
+WRAPPERS = ("module", "_orig_mod")  # of DataParallel and torch.compile, at any depth of a name
+SETTINGS = ("easydict.EasyDict", "yacs.config.CfgNode")  # dictionaries that training codes keep beside the weights
 STORAGES = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -30,50 +35,118 @@ STORAGES = {
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weight file by name, on the CPU.
 
-    Reads safetensors, files of `torch.save` (with `weights_only`, so no code runs) and TorchScript
-    archives such as OpenAI's CLIP files (only their tensors; the code in the archive is never executed).
-    An outer `model` or `state_dict` key and a `module.` prefix are taken away.
+    Reads safetensors, files of `torch.save` (with `weights_only`, so no code runs) and TorchScript archives such as
+    OpenAI's CLIP files (only their tensors; the code in the archive is never executed), each known by its content,
+    whatever the file's name. What only wraps a state dict is taken away: an outer key (`OUTER_KEYS`, or any other if
+    it is the only one that holds tensors), `module.` and `_orig_mod.` in names, and `model.` before them.
 
     Raises:
-        CheckpointError: no such file, not a weight file, or one that only unsafe loading could read.
+        CheckpointError: no such file, not a weight file, damaged, one that only unsafe loading could read, or one
+            whose tensors have no, equal or unprintable names.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a local weight file")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        elif _is_torchscript(path):
-            content = _read_torchscript(path)
-        else:
-            with torch.serialization.safe_globals(_harmless_globals()):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = _read(path)
+    except Exception as error:  # of a damaged file the readers raise nearly anything
         raise CheckpointError(
-            f"{path}: cannot be read safely ({reason}). Expected safetensors, a torch file that holds "
-            "nothing but tensors and plain values, or a TorchScript archive. If you trust the file, save "
-            "its state dict again with torch.save or safetensors"
-        ) from error
+            f"{path}: cannot be read safely ({_reason(path, error)}). Expected safetensors, a torch file that holds "
+            "nothing but tensors and plain values, or a TorchScript archive"
+        ) from None  # torch's own message advises unsafe loading
+    found = _state_dict(content)
+    if not found:
+        held = f"a dictionary with {_listed(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise CheckpointError(
+            f"{path}: holds no tensors by name; expected a state dict, alone or under {', '.join(OUTER_KEYS)}, "
+            f"found {held}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        plain = _unwrapped(str(name))
+        if plain in tensors or not plain.isprintable():
+            what = "two tensors named" if plain in tensors else "a tensor with the unprintable name"
+            raise CheckpointError(f"{path}: holds {what} {plain!r}; expected a state dict with a name for each tensor")
+        tensors[plain] = value
+    return tensors
+
+
+def require_numbers(name: str, tensor: Tensor, source: str | Path) -> None:
+    """Refuse a tensor that a model cannot hold.
+
+    Raises:
+        CheckpointError: it is sparse, without values, not of a floating-point type, or not finite everywhere.
+    """
+    kind = ""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "sparse" if "sparse" in str(tensor.layout) else "without dense values"
+    elif not tensor.is_floating_point():
+        kind = f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    elif wrong := tensor.numel() - int(tensor.float().isfinite().sum()):
+        kind = f"not finite in {wrong:,} of {tensor.numel():,} values (NaN or infinity)"
+    if kind:
+        raise CheckpointError(
+            f"{source}: tensor {name} is {kind}; expected dense finite floating-point numbers. The file is damaged, "
+            "or no checkpoint of a sound training: take another one"
+        )
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:  # safetensors' header
+            return load_file(path)
+        file.seek(0)
+        if _is_torchscript(path):
+            return _read_torchscript(path)
+        with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to report files that are no weights
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file could not be read, in the words of a reader who has only the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page: the download gave a page to read or to log in, so fetch the file itself again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: fetch the file itself with git lfs pull"
+    if needed := re.search(r"GLOBAL (\S+) (?:was|whose)|refers to (\S+),", str(error)):
+        return f"it refers to {needed[1] or needed[2]}, which is not allowed because it could run code"
+    known = start[8:9] == b"{" or start.startswith((b"PK", b"\x80"))
+    return "damaged, cut short or of another kind" if known else f"it begins with {start[:20]!r}"
+
+
+def _state_dict(content: Any, depth: int = 3) -> dict[Any, Tensor] | None:
+    """The tensors of a state dict by name, inside of what a training code saved around it; None without any."""
+    if not isinstance(content, dict) or not depth:
+        return None
     for key in OUTER_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = (
-        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if (isinstance(content, dict))
-        else {}
-    )
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors by name; expected a state dict")
-    return {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+        if found := _state_dict(content.get(key), depth - 1):
+            return found
+    if found := _tensors(content):
+        return found
+    inside = [found for value in content.values() if (found := _tensors(value))]
+    return inside[0] if len(inside) == 1 else None
+
+
+def _tensors(content: Any) -> dict[Any, Tensor]:
+    entries = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in entries if isinstance(value, Tensor)}
+
+
+def _unwrapped(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "model":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _listed(content: Mapping) -> str:
+    return ", ".join(repr(key) for key in list(content)[:8]) or "nothing"
 
 
 def _harmless_globals() -> list:
@@ -85,6 +158,7 @@ def _harmless_globals() -> list:
         np.dtype,
         scalar,
         (scalar, "numpy.core.multiarray.scalar"),
+        *((OrderedDict, name) for name in SETTINGS),
         *{type(kind) for kind in kinds},
     ]
 
@@ -107,7 +181,7 @@ class _TensorUnpickler(pickle.Unpickler):
     """Rebuilds the object tree of a TorchScript archive from an allow-list; runs no code of it."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
         self.archive, self.root = archive, root
 
     def find_class(self, module: str, name: str) -> object:

@@ -1,7 +1,6 @@
 """Weights for IVT: released checkpoints, and ImageNet ViT + BERT weights to start from."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -9,16 +8,17 @@ from typing import Literal
 from torch import Tensor
 
 from fmfa.errors import CheckpointError, ConfigError
-from fmfa.models.backbone import resize_positions
+from fmfa.models.backbone import Grid, table_grid
 from fmfa.models.ivt import IvtRetriever
-from fmfa.weights.files import read_state_dict
-from fmfa.weights.loading import LoadReport
+from fmfa.weights.files import read_state_dict, require_numbers
+from fmfa.weights.loading import LoadReport, on_grid, require_whole
+from fmfa.weights.own import recorded_grid
 
 State = Mapping[str, Tensor]
-Grid = tuple[int, int]
 
 PREFIX = "encoder_vl."
-POSITION_TABLES = ("encoder_vl.pos_embed", "encoder_vl.type_embed")
+TYPES = ("encoder_vl.type_embed",)  # which neither a ViT nor a BERT has
+POSITION_TABLES = ("encoder_vl.pos_embed", *TYPES)
 SHARED_WITH_VIT = ("cls_token", "pos_embed", "patch_embed.proj.", "norm.")
 
 
@@ -27,6 +27,7 @@ def load_ivt(
     source: str | Path | State,
     *,
     positions: Literal["resize", "keep"] = "resize",
+    position_grid: Grid | None = None,
 ) -> LoadReport:
     """Load a released IVT checkpoint (fine-tuned or pre-trained), or any state dict with its names.
 
@@ -39,22 +40,31 @@ def load_ivt(
         positions: what happens to `pos_embed` and `type_embed` when the file's patch grid differs:
             "resize" interpolates them, "keep" leaves the model's own values, as the released code does
             without saying so.
+        position_grid: (rows, columns) of the file's tables; None decides by `table_grid`, where the file's own record
+            comes first, then the model's pictures at any stride.
 
     Returns:
         What was loaded, resized, left out, and what the model misses (keeps its own values).
 
     Raises:
-        CheckpointError: the file cannot be read, holds no IVT weights, or a tensor has another shape. The
-            model is unchanged then.
+        CheckpointError: the file cannot be read, a tensor of the model is missing, of another shape, or not of dense
+            finite floating-point numbers, or the grid of the tables is not known. The model is unchanged then.
         ConfigError: `positions` is neither.
     """
     if positions not in ("resize", "keep"):
         raise ConfigError(f"positions {positions!r}: use 'resize' or 'keep'")
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
-    return _copy(model, state, _name(source), "IVT", positions == "resize")
+    recorded = None if isinstance(source, Mapping) else recorded_grid(source)
+    strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
+    own = {replace(model.sizes, stride=stride).grid: f"these pictures at stride {stride}" for stride in strides}
+    likely = [{recorded: "as recorded"} if recorded else {}, own]
+    keep = positions == "keep"
+    return _copy(model, state, _name(source), "IVT", likely, position_grid, POSITION_TABLES if keep else (), keep)
 
 
-def start_from_vit_and_bert(model: IvtRetriever, vit: str | Path | State, bert: str | Path | State) -> LoadReport:
+def start_from_vit_and_bert(
+    model: IvtRetriever, vit: str | Path | State, bert: str | Path | State, *, position_grid: Grid | None = None
+) -> LoadReport:
     """Start IVT from an ImageNet ViT and a BERT, as the released training does.
 
     The ViT gives class token, positions (resized), patch stem, attention, norms and the image MLPs; BERT
@@ -66,47 +76,60 @@ def start_from_vit_and_bert(model: IvtRetriever, vit: str | Path | State, bert: 
         vit: a file or state dict with timm's names, or the name of a timm model to download.
         bert: a file or state dict with transformers' names (with or without `bert.`, LayerNorm weights
             also as `gamma` and `beta`), or the name of a hub model to download.
+        position_grid: (rows, columns) of the ViT's positions; None takes a square.
 
     Returns:
         As `load_ivt`; tensors without a place in IVT are listed after `vit:` or `bert:`.
 
     Raises:
-        CheckpointError: a file cannot be read, a name cannot be fetched, or a tensor has another shape.
+        CheckpointError: a name cannot be fetched, or as in `load_ivt`.
     """
     state = _from_vit(_state_of(vit, _download_vit)) | _from_bert(_state_of(bert, _download_bert))
-    return _copy(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", resize=True)
+    squares = dict.fromkeys(((side, side) for side in range(1, 65)), "square, as a ViT's")
+    return _copy(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", [squares], position_grid, TYPES)
 
 
-def _copy(model: IvtRetriever, state: dict[str, Tensor], source: str, layout: str, resize: bool) -> LoadReport:
+def _copy(
+    model: IvtRetriever,
+    state: dict[str, Tensor],
+    source: str,
+    layout: str,
+    likely: Sequence[Mapping[Grid, str]],
+    given: Grid | None,
+    may_miss: Sequence[str] = (),
+    keep: bool = False,
+) -> LoadReport:
     own = model.state_dict()
     accepted, resized, left_out, reasons = {}, [], [], {}
     for name, value in state.items():
         if name not in own:
             left_out.append(name)
             reasons[name] = "the model has no such tensor"
-        elif name in POSITION_TABLES and (grid := _source_grid(value, model, layout)) != model.sizes.grid:
-            count = f"{value.shape[1] - 1} positions"
-            if not resize or grid is None:
-                why = "fit no grid of these images" if grid is None else "of another grid"
+            continue
+        require_numbers(name, value, source)
+        ours = own[name].shape
+        if name in POSITION_TABLES and value.dim() == 3 and value.shape[::2] == ours[::2]:
+            count = value.shape[1] - 1
+            if keep and value.shape != ours:
                 left_out.append(name)
-                reasons[name] = f"{count} {why}; the model keeps its own values"
+                reasons[name] = f"{count} positions of another grid; the model keeps its own values"
                 continue
-            accepted[name] = resize_positions(value[0], model.sizes.grid, source_grid=grid)[None]
-            resized.append(name)
-            grids = "{} x {} to {} x {}".format(*grid, *model.sizes.grid)
-            reasons[name] = f"{count}, grid {grids}, bilinear"
-        elif value.shape != own[name].shape:
+            try:
+                grid, what = table_grid(count, *likely, given=given)
+            except ConfigError as error:
+                raise CheckpointError(f"{source}: {name}: {error}") from error
+            accepted[name], reasons[name] = on_grid(value[0], grid, what, model.sizes.grid)
+            accepted[name] = accepted[name][None]
+            resized += [name] * (grid != model.sizes.grid)
+        elif value.shape != ours:
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(value.shape)}, in the model {tuple(own[name].shape)}; "
+                f"{source}: {name} has shape {tuple(value.shape)}, in the model {tuple(ours)}; "
                 "build the model with the file's sizes (width, patch, vocabulary, text positions)"
             )
         else:
             accepted[name] = value
-    if not accepted:
-        raise CheckpointError(
-            f"{source}: no tensor fits IVT; expected names like {PREFIX}blocks.0.attn.qkv.weight, found "
-            f"{', '.join(sorted(state)[:3])} ..."
-        )
+    wanted = {"encoder": [name for name in own if name not in may_miss]}
+    require_whole("IVT", wanted, accepted, state, source, "IVT (released or of this project), or timm's ViT and BERT")
     model.load_state_dict(accepted, strict=False)
     return LoadReport(
         loaded=tuple(name for name in accepted if name not in resized),
@@ -117,21 +140,6 @@ def _copy(model: IvtRetriever, state: dict[str, Tensor], source: str, layout: st
         source=source,
         layout=layout,
     )
-
-
-def _source_grid(table: Tensor, model: IvtRetriever, layout: str) -> Grid | None:
-    """Rows and columns of a table's patches: of an IVT's those of the model's own pictures at some stride.
-
-    A ViT's, and an IVT's of no such length, are square; None where they cannot be.
-    """
-    count = table.shape[1] - 1
-    if layout == "IVT":
-        strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
-        for grid in (replace(model.sizes, stride=stride).grid for stride in strides):
-            if math.prod(grid) == count:
-                return grid
-    side = math.isqrt(count)
-    return (side, side) if side * side == count else None
 
 
 def _from_vit(state: State) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Loading weights from elsewhere into a two-stream model, with a report of what fitted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import (
@@ -14,15 +16,20 @@ from open_clip.pretrained import (
 from torch import Tensor
 
 from fmfa.errors import CheckpointError, ConfigError
-from fmfa.models.backbone import resize_positions
+from fmfa.models.backbone import Grid, resize_positions, table_grid
 from fmfa.models.clip import ClipRetriever
-from fmfa.weights.files import read_state_dict
+from fmfa.weights.files import read_state_dict, require_numbers
+from fmfa.weights.own import recorded_grid
 
 IRRA_HEADS = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
 TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+TBPS_CLIP = "TBPS-CLIP"
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's state dicts
-IMAGE_POSITIONS = "clip.visual.positional_embedding"
+NOT_ENCODERS = ("clip.logit_scale", "clip.logit_bias")
+IMAGE_TOWER = "clip.visual."
+IMAGE_POSITIONS = f"{IMAGE_TOWER}positional_embedding"
 TEXT_POSITIONS = ("clip.positional_embedding", "clip.text.positional_embedding")
+NAMED, GROUPS = 3, 6  # tensors of the model, and kinds of names in the file, that an error shows
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class LoadReport:
         left_out: tensors of the file that were not used.
         missing: the model's tensors that the file does not have or that did not fit; they keep their
             values.
-        reasons: by name, how a tensor was resized or why it was left out.
+        reasons: by name, how a tensor was taken or why it was left out.
         source: the file.
         layout: of the names in the file, for example "IRRA" or "CLIP".
     """
@@ -55,10 +62,11 @@ class LoadReport:
             f"{self.source}{layout}: {len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
             f"{len(self.left_out)} left out, {len(self.missing)} missing"
         ]
-        for what in ("resized", "left_out", "missing"):
+        for what in ("loaded", "resized", "left_out", "missing"):
             for name in getattr(self, what):
                 reason = self.reasons.get(name, "keeps its value" if what == "missing" else "")
-                lines.append(f"  {what.replace('_', ' '):9} {name}" + (f": {reason}" if reason else ""))
+                if reason or what != "loaded":
+                    lines.append(f"  {what.replace('_', ' '):9} {name}" + (f": {reason}" if reason else ""))
         return "\n".join(lines)
 
 
@@ -66,28 +74,30 @@ def load_weights(
     model: ClipRetriever,
     pretrained: str | Path | Mapping[str, Tensor],
     *,
-    position_grid: tuple[int, int] | None = None,
+    position_grid: Grid | None = None,
 ) -> LoadReport:
     """Load what fits of a weight file into a model, and say what happened to every tensor.
 
-    Understands files in IRRA's layout (IRRA, FMFA, NAM, HAM: CLIP under `base_model.`), OpenAI's and
-    open_clip's CLIP files, and this project's checkpoints. Image positions of another grid are resized
-    bilinearly; text positions of a longer context are cut; any other tensor of another shape is left out
-    (for example an identity classifier of another data set).
+    Understands files in IRRA's layout (IRRA, FMFA, NAM, HAM: CLIP under `base_model.`), OpenAI's, open_clip's and
+    TBPS-CLIP's (text encoder under `encode_text.`) CLIP files, and this project's checkpoints. Image positions of
+    another grid are resized bilinearly; text positions of a longer context are cut; any other tensor of another shape
+    is left out. Both encoders must get all of their tensors: only heads may be missing, such as an identity classifier
+    of another data set.
 
     Args:
         model: changed in place.
         pretrained: a local file, a tag of open_clip for the model's backbone (`openai`),
             `hf-hub:organisation/repository`, or tensors by name.
-        position_grid: (rows, columns) of the file's image positions, needed where they are resized and
-            the grid is not square.
+        position_grid: (rows, columns) of the file's image positions; None decides by `table_grid`, where the file's own
+            record or picture size comes first, then the model's grid and that of the backbone's configuration.
 
     Returns:
         The report.
 
     Raises:
-        CheckpointError: the file cannot be found, fetched or read safely, or no tensor of it fits the
-            model's CLIP. The model is unchanged then.
+        CheckpointError: the file cannot be found, fetched or read safely; a tensor of an encoder is missing, of another
+            shape, or not of dense finite floating-point numbers; or the grid of the positions is not known. The model
+            is unchanged then.
     """
     if isinstance(pretrained, Mapping):
         path, found = "the state dict", dict(pretrained)
@@ -97,32 +107,81 @@ def load_weights(
     own = model.state_dict()
     layout = _layout(found)
     custom_text = hasattr(model.clip, "text")
-    loaded, resized, left_out, accepted, reasons = [], [], [], {}, {}
+    likely = _likely_grids(model, found, path)
+    loaded, resized, left_out, accepted, reasons, unfit = [], [], [], {}, {}, {}
     for name, tensor in found.items():
-        target = _own_name(name, layout, custom_text)
         if name in NOT_WEIGHTS:
             continue
+        target = _own_name(name, layout, custom_text)
         if target not in own:
             left_out.append(name)
             reasons[name] = "the model has no such tensor"
-        elif tensor.shape == own[target].shape or tensor.numel() == own[target].numel() == 1:
-            accepted[target] = tensor.reshape(own[target].shape)
-            loaded.append(target)
-        elif (change := _resized(target, tensor, own[target], model, position_grid, path)) is not None:
-            accepted[target], reasons[target] = change
-            resized.append(target)
-        else:
+            continue
+        require_numbers(name, tensor, path)
+        try:
+            fitted = _fitted(target, tensor, own[target], model, likely, position_grid)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if fitted is None:
             left_out.append(name)
-            reasons[name] = f"{list(tensor.shape)} in the file, {list(own[target].shape)} in the model"
-    if not any(name.startswith("clip.") and own[name].dim() for name in accepted):
-        raise CheckpointError(
-            f"{path}: none of its {len(found)} tensors fits this model's CLIP (the file has for example "
-            f"{', '.join(list(found)[:3])}; the model {', '.join(list(own)[:3])}). Expected weights of the "
-            "same backbone, in the layout of OpenAI's CLIP, open_clip, IRRA or this project"
-        )
+            reasons[name] = unfit[target] = f"{list(tensor.shape)} in the file, {list(own[target].shape)} in the model"
+            continue
+        value, how = fitted
+        accepted[target] = value.reshape(own[target].shape)
+        (loaded if value is tensor else resized).append(target)
+        reasons |= {target: how} if how else {}
+    encoders = [name for name in own if name.startswith("clip.") and name not in NOT_ENCODERS]
+    image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
+    towers = {"image encoder": image, "text encoder": [name for name in encoders if name not in image]}
+    layouts = "OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project"
+    require_whole("CLIP", towers, accepted, found, path, layouts, unfit)
     model.load_state_dict(accepted, strict=False)
     missing = tuple(name for name in own if name not in accepted)
     return LoadReport(tuple(loaded), tuple(resized), tuple(left_out), missing, reasons, source=str(path), layout=layout)
+
+
+def require_whole(
+    network: str,
+    parts: Mapping[str, Sequence[str]],
+    accepted: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str | Path,
+    layouts: str,
+    unfit: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuse weights that would leave a part of a network with its random values.
+
+    Args:
+        network: its name.
+        parts: its tensors by part.
+        accepted: what it gets.
+        found: the tensors of the file.
+        source: of the weights.
+        layouts: whose names are understood.
+        unfit: why a tensor of the file does not fit the network's of this name.
+
+    Raises:
+        CheckpointError: a tensor of a part is not among `accepted`; the message says what was looked for and what is
+            in the file.
+    """
+    for part, names in parts.items():
+        lost = [name for name in names if name not in accepted]
+        if not lost:
+            continue
+        fitting = sum(name in accepted for names in parts.values() for name in names)
+        fits = f"{fitting or 'none'} of its {len(found)} tensors fit{'s' * (fitting < 2)}"
+        wanted = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
+        wanted += " and more" * (len(lost) > NAMED)
+        groups: dict[str, list[str]] = {}
+        for name in found:
+            groups.setdefault(name.split(".")[0], []).append(name)
+        largest = sorted(groups.values(), key=len, reverse=True)
+        held = ", ".join(f"{len(group)} like {group[0]}" for group in largest[:GROUPS])
+        raise CheckpointError(
+            f"{source}: {fits} this model's {network}, whose {part} would keep random values in {len(lost)} of "
+            f"{len(names)} tensors; looked for {wanted}. "
+            f"The file has {held or 'no tensors'}. Expected weights of the same sizes with the names of {layouts}"
+        )
 
 
 def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
@@ -157,43 +216,59 @@ def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
 
 
 def _layout(found: Mapping[str, Tensor]) -> str:
-    if any(name.startswith("base_model.") for name in found):
-        return "IRRA"
-    return "fmfa" if any(name.startswith("clip.") for name in found) else "CLIP"
+    for prefix, layout in (("base_model.", "IRRA"), ("clip.", "fmfa"), ("encode_text.", TBPS_CLIP)):
+        if any(name.startswith(prefix) for name in found):
+            return layout
+    return "CLIP"
 
 
 def _own_name(name: str, layout: str, custom_text: bool) -> str:
-    if layout == "IRRA" and name.startswith("base_model."):
-        name = name.removeprefix("base_model.")
-    elif layout == "IRRA":
-        return f"irr.{name}" if name.startswith(IRRA_HEADS) else name
-    elif layout == "fmfa":
+    if layout == "fmfa":
         return name
-    if custom_text and name.startswith(TEXT_TOWER):
-        name = f"text.{name}"
-    elif not custom_text:
-        name = name.removeprefix("text.")
-    return f"clip.{name}"
+    if name.startswith(IRRA_HEADS):
+        return f"irr.{name}"
+    if name.startswith("classifier.") or (layout == "IRRA" and not name.startswith("base_model.")):
+        return name
+    for prefix in ("base_model.", "encode_text.", "text."):
+        name = name.removeprefix(prefix)
+    return f"clip.text.{name}" if custom_text and name.startswith(TEXT_TOWER) else f"clip.{name}"
 
 
-def _resized(
+def _likely_grids(model: ClipRetriever, found: Mapping[str, Tensor], path: str | Path) -> list[dict[Grid, str]]:
+    """Grids for `table_grid`: what the file says of itself, then those of the model and of its backbone."""
+    said = {grid: "as recorded"} if (grid := recorded_grid(path)) else {}
+    patch = model.clip.visual.patch_size
+    with suppress(KeyError, RuntimeError, ValueError, OverflowError):  # OpenAI's files have the side of their pictures
+        side = int(found["input_resolution"])
+        said[side // patch[0], side // patch[1]] = "of the file's input_resolution"
+    size = model.config["backbone"]["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    own = {(height // patch[0], width // patch[1]): "the backbone's"}
+    return [said, own | {tuple(model.clip.visual.grid_size): "the model's"}]
+
+
+def _fitted(
     target: str,
     tensor: Tensor,
     own: Tensor,
     model: ClipRetriever,
-    grid: tuple[int, int] | None,
-    path: str | Path,
+    likely: Sequence[Mapping[Grid, str]],
+    given: Grid | None,
 ) -> tuple[Tensor, str] | None:
-    """The tensor in the model's shape and a sentence, or None where it cannot be resized."""
-    if tensor.dim() != 2 or tensor.shape[1] != own.shape[1]:
-        return None
-    if target == IMAGE_POSITIONS:
-        try:
-            resized = resize_positions(tensor, model.clip.visual.grid_size, source_grid=grid)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error} (position_grid)") from error
-        rows, columns = model.clip.visual.grid_size
-        return resized, f"{len(tensor)} positions to {len(own)} (grid {rows} x {columns}), bilinear"
-    if target in TEXT_POSITIONS and len(tensor) > len(own):
+    """The tensor, changed where it must be and can be, and how it was taken; None where it does not fit."""
+    same_width = tensor.dim() == own.dim() == 2 and tensor.shape[1] == own.shape[1]
+    if same_width and target == IMAGE_POSITIONS:
+        grid, what = table_grid(len(tensor) - 1, *likely, given=given)
+        return on_grid(tensor, grid, what, tuple(model.clip.visual.grid_size))
+    if same_width and target in TEXT_POSITIONS and len(tensor) > len(own):
         return tensor[: len(own)], f"{len(tensor)} positions cut to the first {len(own)}"
-    return None
+    return (tensor, "") if tensor.shape == own.shape or tensor.numel() == own.numel() == 1 else None
+
+
+def on_grid(table: Tensor, grid: Grid, what: str, target: Grid) -> tuple[Tensor, str]:
+    """A table of image positions [1 + N, D] of `grid`, which is `what`, on the grid `target`; and how it came there."""
+    spoken, positions = f"{grid[0]} x {grid[1]}", f"{len(table) - 1} positions"
+    if grid == target:
+        return table, f"{positions}, grid {spoken} ({what})"
+    resized = resize_positions(table, target, source_grid=grid)
+    return resized, f"{positions}, grid {spoken} to {target[0]} x {target[1]}, bilinear ({spoken}: {what})"

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmfa.errors import CheckpointError, ConfigError
+from fmfa.errors import CheckpointError
 from fmfa.files import whole_file
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
+from fmfa.weights.files import require_numbers
 
 
 def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:
@@ -55,11 +57,28 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["record"])
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except Exception as error:  # of a damaged file the readers raise nearly anything
         raise CheckpointError(
             f"{path}: not a checkpoint of this project ({type(error).__name__}: {error}); expected a "
-            ".safetensors file with its record. Other weights go through load_weights"
+            ".safetensors file with its record"
         ) from error
+
+
+def recorded_model(path: str | Path) -> dict:
+    """What an own checkpoint records of its model; empty for any other file or source."""
+    with suppress(Exception), safe_open(path, framework="pt") as file:
+        return dict(json.loads(file.metadata()["record"])["model"])
+    return {}
+
+
+def recorded_grid(path: str | Path) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model of an own checkpoint; None where that is not known."""
+    model = recorded_model(path)
+    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+        patch = model["patch"] if "patch" in model else model["backbone"]["vision_cfg"].get("patch_size", 16)
+        height, width = ((int(side) - patch) // model["stride"] + 1 for side in model["image_size"])
+        return height, width
+    return None
 
 
 def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict]:
@@ -71,13 +90,16 @@ def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict
         The model in evaluation mode, and the record.
 
     Raises:
-        CheckpointError: not such a checkpoint, or weights that do not fit the recorded model.
+        CheckpointError: not such a checkpoint, or weights that do not fit the recorded model or are not dense finite
+            floating-point numbers.
     """
     state, record = read_checkpoint(path)
+    for name, tensor in state.items():
+        require_numbers(name, tensor, path)
     try:
         model = _kind(record["model"]).from_config(record["model"])
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+    except Exception as error:  # a record holds anything
         raise CheckpointError(f"{path}: its record does not describe its weights: {error}") from error
     return model.eval(), record
 
