@@ -392,6 +392,12 @@ def test_bad_files(tmp_path, text, words):
     assert "reid_raw.json" in str(caught.value)
 
 
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    file = dump(tmp_path / "mine.json", [record()])
+    with pytest.raises(ConfigError, match=r"name of the data set is 'caf\\udce9', which is not valid Unicode"):
+        read_dataset(file, b"caf\xe9".decode(errors="surrogateescape"))
+
+
 def test_whole_surrogate_pairs_are_characters(tmp_path):
     text = json.dumps([record(captions="a \U0001f600 man", att={"said": r"\ud800"})])
     assert r"\ud83d\ude00" in text

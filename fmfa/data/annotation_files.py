@@ -37,8 +37,11 @@ def canonical_name(text: str) -> str:
     name is the user's own and stays.
 
     Raises:
-        ConfigError: a domain that SimPEDES does not have, or a name that is a misspelt known one.
+        ConfigError: a domain that SimPEDES does not have, a name that is a misspelt known one, or one with half a
+            surrogate pair (bytes that are not UTF-8), which cannot be printed or recorded.
     """
+    if re.search("[\ud800-\udfff]", text):
+        raise ConfigError(f"the name of the data set is {text!r}, which is not valid Unicode; correct it")
     plain = _letters(text)
     if known := _published(text):
         return known
