@@ -1,7 +1,11 @@
 """Parameters on a command line: `-p NAME VALUE`, `-f FILE` and `--help-parameters`, the same for every command."""
 
 import argparse
-from collections.abc import Iterable
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import yaml
 
 from fmfa.errors import ConfigError
 from fmfa.parameters import Parameter
+
+PROJECT = Path(__file__).parents[1]
 
 
 def add_parameter_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +38,31 @@ def print_parameters(parameters: Iterable[Parameter]) -> None:
     for parameter in parameters:
         print(f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}  # {parameter.help}")
     print("# A relative path that you give starts where you are; ~ is your home folder.")
+
+
+def notebook_command(record: Mapping[str, Any]) -> str:
+    """Write the command that runs a notebook, to be pasted into a shell in the project's folder.
+
+    Paths within the project are relative to it, whatever machine it lies on.
+
+    Args:
+        record: `notebook`, `output` and `given` (the parameters) as in the record of `fmfa.runner.run_notebook`; if its
+            `parameters` are there, they are taken for the given ones.
+    """
+    resolved = record.get("parameters") or {}
+    given = {name: resolved.get(name, value) for name, value in record["given"].items()}
+    python = _in_project(sys.executable)
+    python = "python" if os.path.isabs(python) else python
+    words = [python, "-m", "fmfa.runner", _in_project(record["notebook"]), _in_project(record["output"])]
+    return shlex.join([*words, *(word for name, value in given.items() for word in ("-p", name, _in_project(value)))])
+
+
+def _in_project(value: Any) -> str:
+    if isinstance(value, list):
+        return json.dumps([_in_project(item) if isinstance(item, str) else item for item in value])
+    text = str(value)
+    inside = os.path.isabs(text) and Path(text).is_relative_to(PROJECT)
+    return str(Path(text).relative_to(PROJECT)) if inside else text
 
 
 def _from_file(path: str | None) -> dict[str, Any]:

@@ -27,9 +27,11 @@ PART_COLOURS = ("#000000", "#555555", "#f0c8a0", "#5b3a1e", "#0072b2", "#00e5ff"
 
 
 def use_style() -> None:
-    """Set the look of every figure: light grid, colour-blind palette, readable in print."""
+    """Set the look of every figure (light grid, colour-blind palette, readable in print), and show tables in full."""
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.9)
     plt.rcParams["figure.dpi"] = 90
+    for limit in ("max_rows", "max_columns", "max_colwidth"):
+        pd.set_option(f"display.{limit}", None)
 
 
 def words(captions: pd.Series) -> pd.Series:

@@ -2,62 +2,85 @@
 
 `python -m fmfa.report runs/quick --shown irra-0 fmfa-0`
 
-A notebook's cells tagged `report` are taken (all of them where none is), without their code; the output of cells tagged
-`answer` stands in front. The page needs no server and loads nothing.
+A notebook's cells tagged `report` are taken (all of them if none is), without their code; the output of cells tagged
+`answer` comes first. A section (`## ...`) whose code shows neither table nor figure is left out. The page needs no
+server and loads nothing; everything that is not a notebook's own output is escaped.
 """
 
 import argparse
-import html
-import json
 import os
 import re
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import nbformat
 import pandas as pd
+from jinja2 import Environment
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+from fmfa.arguments import notebook_command
 from fmfa.errors import ConfigError
-from fmfa.files import whole_file
+from fmfa.files import read_json, said_plainly, whole_file
 from fmfa.records import read_record
 from fmfa.runner import status_path
 
-PROJECT = Path(__file__).parents[1]
 TAKEN, ANSWER = "report", "answer"
-_STYLE = """
+_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>
 body { font: 11pt/1.45 "DejaVu Sans", Verdana, sans-serif; color: #111; background: #fff; max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3, h4 { line-height: 1.2; page-break-after: avoid; }
 h2 { border-top: 2px solid #111; padding-top: .6rem; margin-top: 3rem; }
 a { color: #0b4f8a; }
 img, svg { max-width: 100%; height: auto; page-break-inside: avoid; }
-table { border-collapse: collapse; font-size: 9pt; margin: .8rem 0; display: block; overflow-x: auto; }
+table { border-collapse: collapse; font-size: 9pt; margin: .8rem 0; display: block; overflow: auto; max-height: 40rem; }
 th, td { border: 0; border-bottom: 1px solid #bbb; padding: .2rem .5rem; text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid #111; }
 pre, code { font: 9pt/1.35 "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
 .answer { border-left: 4px solid #0b4f8a; padding-left: 1rem; }
+.answer pre { font: inherit; }
 .command { background: #f2f2f2; padding: .5rem .8rem; }
 .failed td { font-weight: bold; }
-@media print { body { max-width: none; margin: 0; } h2 { page-break-before: always; } }
+@media print { body { max-width: none; margin: 0; } table { max-height: none; } h2 ~ h2 { page-break-before: always; } }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p>Written {{ written }} from the executed notebooks of <code>{{ folder }}</code>. The command below each part runs it
+again, in the project's folder.</p>
+<ol>{% for part in sections %}<li><a href="#part-{{ loop.index }}">{{ part.question }}</a></li>{% endfor %}
+<li><a href="#runs">Which runs are behind this?</a></li></ol>
+{% for part in sections %}<h2 id="part-{{ loop.index }}">{{ part.question }}</h2>
+{% if part.failed %}<p class="failed">This notebook failed: {{ part.failed }}</p>{% endif %}
+{% if part.answer %}<div class="answer">{{ part.answer | safe }}</div>{% endif %}
+{{ part.body | safe }}
+{% if part.command %}<p class="command"><code>{{ part.command }}</code></p>{% endif %}
+{% endfor %}
+<h2 id="runs">Which runs are behind this?</h2>
+<p>Every run of the folder, finished or not; minutes of training with its validation, unless it was interrupted.</p>
+{% for name, runs in groups if runs %}<h3>{{ name }}</h3>
+<table><thead><tr><th>run</th><th>status</th><th>best epoch</th><th>minutes</th><th>device</th><th>error</th>
+<th>pages</th></tr></thead><tbody>
+{% for cells, pages in runs %}<tr{% if cells[1] != "finished" %} class="failed"{% endif %}>
+{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}
+<td>{% for name, address in pages %}<a href="{{ address }}">{{ name }}</a> {% endfor %}</td></tr>
+{% endfor %}</tbody></table>{% endfor %}</body></html>
 """
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page takes from one executed notebook."""
+    """What the page takes from one executed notebook; `answer` and `body` are HTML."""
 
-    anchor: str
     question: str
+    answer: str
     body: str
     command: str
-    failed: str = ""  # the error, where the notebook did not end
-    answers: list[str] = field(default_factory=list)  # HTML
+    failed: str = ""  # why the notebook did not end
 
 
 def write_report(results: str | Path, output: str | Path = "", shown: Sequence[str] = ()) -> Path:
@@ -73,7 +96,7 @@ def write_report(results: str | Path, output: str | Path = "", shown: Sequence[s
         The page's path.
 
     Raises:
-        ConfigError: no executed notebook in the folder.
+        ConfigError: no executed notebook in the folder, or the page cannot be written.
     """
     results, output = Path(results), Path(output or Path(results) / "report.html")
     groups = [results, *sorted({path.parent for path in results.glob("*/**/comparison.ipynb")} - {results})]
@@ -85,36 +108,47 @@ def write_report(results: str | Path, output: str | Path = "", shown: Sequence[s
         for path in filter(Path.is_file, [*notebooks, *sorted(group.glob("data-*.ipynb"))]):
             names = {"evaluate": path.parent.name, "comparison": "", "pictures": ""}
             name = names.get(path.stem, path.stem.removeprefix("data-"))
-            name = f" ({name})" if name else ""
-            sections.append(read_section(path, len(sections), name + suffix))
+            sections.append(read_section(path, f" ({name})" * bool(name) + suffix))
     if not sections:
         raise ConfigError(f"{results} holds no executed notebook; expected comparison.ipynb, as `make study` writes it")
     crossed = {path.parents[1] for path in results.glob("**/on-*/*/run.json")}
-    tables = "".join(_runs(group, output.absolute().parent) for group in [*groups, *sorted(crossed - set(groups))])
-    _write(output, _page(results, sections, tables))
+    groups += sorted(crossed - set(groups))
+    page = (
+        Environment(autoescape=True)
+        .from_string(_PAGE)
+        .render(
+            title=f"fmfa: finding a person from a sentence, {results.name}",
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            folder=results,
+            sections=sections,
+            groups=[(group.name, list(_runs(group, output.absolute().parent))) for group in groups],
+        )
+    )
+    with said_plainly(f"{output} cannot be written"), whole_file(output) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")  # names of files may be no text
     return output
 
 
-def read_section(path: Path, number: int = 0, suffix: str = "") -> Section:
+def read_section(path: Path, suffix: str = "") -> Section:
     """Read one executed notebook as a section of the page.
 
     Args:
         path: the notebook; its status record lies beside it.
-        number: of the section, for its anchor.
         suffix: put behind the question.
     """
-    notebook = nbformat.read(path, as_version=4)
-    heading = next((c for c in notebook.cells if c.cell_type == "markdown" and c.source.startswith("# ")), None)
+    record, failed = _executed(path)
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except Exception as error:  # nbformat lets JSON, schema and attribute errors through
+        return Section(path.stem + suffix, "", "", "", failed or f"{path} cannot be read ({error})")
+    heading = next((c for c in cells if c.cell_type == "markdown" and c.source.startswith("# ")), None)
     question = heading.source.splitlines()[0].lstrip("# ") if heading else path.stem
     question = re.sub(r"^\d+\.\s*", "", question) + suffix
-    tagged = any(TAKEN in _tags(cell) for cell in notebook.cells)
-    taken = [cell for cell in notebook.cells if (TAKEN in _tags(cell) if tagged else ANSWER not in _tags(cell))]
-    answers = [_to_html([cell], question) for cell in notebook.cells if ANSWER in _tags(cell)]
-    record = json.loads(status_path(path).read_text(encoding="utf-8")) if status_path(path).is_file() else {}
-    error = record.get("error") or {}
-    failed = f"{error.get('type')}: {error.get('message')}" if record.get("status") == "failed" else ""
-    body = _to_html(taken, question)
-    return Section(f"part-{number}", question, body, _command(path, record), failed, [a for a in answers if a.strip()])
+    tagged = any(TAKEN in _tags(cell) for cell in cells)
+    taken = [cell for cell in cells if (TAKEN in _tags(cell) if tagged else ANSWER not in _tags(cell))]
+    answer = [cell for cell in cells if ANSWER in _tags(cell)]
+    command = notebook_command(record) if {"notebook", "output", "given"} <= record.keys() else ""
+    return Section(question, _to_html(answer, question), _to_html(_with_content(taken), question), command, failed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,96 +166,84 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _executed(path: Path) -> tuple[dict[str, Any], str]:
+    """The status record of an executed notebook, empty without one, and why the notebook did not end."""
+    if not status_path(path).is_file():
+        return {}, ""
+    try:
+        record = read_json(status_path(path))
+    except ConfigError as error:
+        return {}, str(error)
+    if record.get("status") == "finished":
+        return record, ""
+    error = record.get("error")
+    told = f"{error.get('type')}: {error.get('message')}" if isinstance(error, dict) else "it did not run to its end"
+    return record, told
+
+
 def _tags(cell: NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def _to_html(cells: list[NotebookNode], title: str) -> str:
+def _with_content(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """The cells without sections whose code shows neither table nor figure; an error is content too."""
+    sections: list[list[NotebookNode]] = [[]]
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            sections[-1].append(cell)
+            continue
+        for part in filter(None, re.split(r"^(?=## )", cell.source, flags=re.MULTILINE)):
+            if part.startswith("## "):
+                sections.append([])
+            sections[-1].append(nbformat.v4.new_markdown_cell(part))
+    return [cell for number, section in enumerate(sections) if not number or _has_content(section) for cell in section]
+
+
+def _has_content(section: Sequence[NotebookNode]) -> bool:
+    code = [cell for cell in section if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    tables = any("<td" in output.get("data", {}).get("text/html", "") for output in outputs)
+    return not code or tables or any(o.output_type == "error" or "image/png" in o.get("data", ()) for o in outputs)
+
+
+def _to_html(cells: Sequence[NotebookNode], title: str) -> str:
     kept = []
     for cell in cells:
         cell = nbformat.from_dict(cell)
+        cell.metadata["alt"] = f"Figure: {title}"
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^#[^#].*\n?", "", cell.source)  # the question is the section's heading
             cell.source = re.sub(r"^(#+ )", r"#\1", cell.source, flags=re.MULTILINE)
         elif cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         kept.append(cell)
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, embed_images=True)
-    exporter.log.setLevel("ERROR")  # not one warning a figure about the text that is put in below
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, embed_images=True,
+                            exclude_anchor_links=True)  # fmt: skip
     body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=kept))
-    body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
-    body = re.sub(r'(<(?:h\d|div)\b[^>]*?) id="[^"]*"', r"\1", body)  # several notebooks stand on one page
-    return re.sub(r'alt="No description[^"]*"', f'alt="Figure: {html.escape(title, quote=True)}"', body)
+    body = re.sub(r'(<(?:h\d|div)\b[^>]*?) id="[^"]*"', r"\1", body)  # several notebooks share the page
+    return body if body.strip() else ""
 
 
-def _command(path: Path, record: dict) -> str:
-    if not record:
-        return ""
-    given = [word for name, value in record["given"].items() for word in ("-p", name, _relative(value))]
-    return shlex.join(["python", "-m", "fmfa.runner", _relative(record["notebook"]), _relative(path), *given])
-
-
-def _relative(value: object) -> str:
-    text = str(value)
-    inside = os.path.isabs(text) and Path(text).is_relative_to(PROJECT)
-    return f"$PWD/{Path(text).relative_to(PROJECT)}" if inside else text
-
-
-def _runs(group: Path, beside: Path) -> str:
-    folders = sorted({path.parent for name in ("run.json", "train.status.json") for path in group.glob(f"*/{name}")})
-    if not folders:
-        return ""
-    rows = []
-    for folder in folders:
-        record, links = read_record(folder), []
+def _runs(group: Path, beside: Path) -> Iterator[tuple[list[Any], list[tuple[str, str]]]]:
+    """Cells of the table of runs, and the executed notebooks' names and addresses, of each run folder."""
+    names = ("run.json", "train.status.json")
+    for folder in sorted({path.parent for name in names for path in group.glob(f"*/{name}")}):
+        record, pages = read_record(folder), []
         status, error = record.get("status", "no record"), record.get("error") or ""
         for step in ("train", "evaluate"):
-            path = folder / f"{step}.status.json"
-            executed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            executed, failed = _executed(folder / f"{step}.ipynb")
             if executed.get("status") == "failed":
-                status, error = f"{step} failed", error or executed["error"]["message"]
+                status, error = f"{step} failed", error or failed
             if (page := folder / f"{step}.html").is_file():
-                links.append(f'<a href="{os.path.relpath(page, beside)}">{step}</a>')
-        cells = [folder.name, status, record.get("best_epoch", ""), _minutes(record), record.get("device", ""), error]
-        mark = "" if status == "finished" else ' class="failed"'
-        row = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
-        rows.append(f"<tr{mark}>{row}<td>{' '.join(links)}</td></tr>")
-    names = ("run", "status", "best epoch", "minutes", "device", "error", "pages")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<h3>{group.name}</h3><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+                pages.append((step, quote(os.fsencode(os.path.relpath(page, beside)))))
+        best, device = record.get("best_epoch", ""), record.get("device", "")
+        yield [folder.name, status, best, _minutes(record), device, error], pages
 
 
 def _minutes(record: dict) -> str:
-    if not (record.get("started") and record.get("finished")) or record.get("resumed"):
-        return ""
-    return f"{(pd.Timestamp(record['finished']) - pd.Timestamp(record['started'])).total_seconds() / 60:.1f}"
-
-
-def _page(results: Path, sections: list[Section], tables: str) -> str:
-    contents, parts = [], []
-    for section in sections:
-        question, answers = html.escape(section.question), "".join(section.answers)
-        contents.append(f'<li><a href="#{section.anchor}">{question}</a></li>')
-        answer = f'<div class="answer">{answers}</div>' if answers else ""
-        failed = f'<p class="failed">This notebook failed: {html.escape(section.failed)}</p>' if section.failed else ""
-        command = f'<p class="command"><code>{html.escape(section.command)}</code></p>' if section.command else ""
-        parts.append(f'<h2 id="{section.anchor}">{question}</h2>{failed}{answer}{section.body}{command}')
-    title = f"fmfa: finding a person from a sentence, {html.escape(results.name)}"
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1><p>Written {written} from the executed notebooks of <code>{html.escape(str(results))}</code>."
-        f' Everything again: <code>make study SCALE={html.escape(results.name)}</code>.</p><div class="contents">'
-        f'<ol>{"".join(contents)}<li><a href="#runs">Which runs stand behind this?</a></li></ol></div>{"".join(parts)}'
-        '<h2 id="runs">Which runs stand behind this?</h2><p>Every run of the folder, finished or not; minutes of '
-        f"training with its validation, where it was not interrupted.</p>{tables}</body></html>\n"
-    )
-
-
-def _write(output: Path, page: str) -> None:
-    with whole_file(output) as partial:
-        partial.write_text(page, encoding="utf-8")
+    times = [pd.to_datetime(str(record.get(name)), errors="coerce", utc=True) for name in ("started", "finished")]
+    minutes = (times[1] - times[0]).total_seconds() / 60
+    return "" if pd.isna(minutes) or record.get("resumed") else f"{minutes:.1f}"
 
 
 if __name__ == "__main__":

@@ -191,7 +191,8 @@ def _any_cell_started(output: Path) -> bool:
 def _export_html(output: Path) -> Path:
     page, _ = HTMLExporter(embed_images=True).from_filename(str(output))
     target = output.with_suffix(".html")
-    target.write_text(page, encoding="utf-8")
+    with whole_file(target) as partial:
+        partial.write_text(page, encoding="utf-8")
     return target
 
 

@@ -125,7 +125,7 @@ def test_one_seed_is_held_against_where_another_training_would_lie(results):
         write_run(results, name, share, method="fmfa")
     forms = study.claims_table(results, kind="forms").set_index("row")
     for name, word in (("fmfa-padding", "inside"), ("fmfa-released", "outside")):
-        assert forms.loc[name, "verdict"] == "cannot be told apart"
+        assert forms.loc[name, "verdict"] == "one seed: no verdict"
         assert f"lies {word} of where one further training of fmfa would lie" in forms.loc[name, "in words"]
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from fmfa import results as study
 from fmfa.errors import ConfigError
-from fmfa.results import claims, tables
+from fmfa.results import claims, readable, tables
 from fmfa.results.__main__ import main
 from fmfa.results.claims import read_claims
 from fmfa.results.files import read_queries, row_and_seed
@@ -91,8 +91,9 @@ def readme_table(heading):
 
 
 def test_the_tables_of_the_readme_are_those_of_the_committed_results():
-    levels = study.seeds_table(COMMITTED).set_index("row")
-    assert readme_table("### Levels") == {row: list(levels.loc[row, list(study.METRICS)]) for row in levels.index}
+    levels = readable(study.seeds_table(COMMITTED)).set_index("row")
+    told = {row: list(levels.loc[row, ["seeds", *study.METRICS]]) for row in levels.index}
+    assert readme_table("### Levels") == told
     kinds = ("claims", "controls", "oracles", "forms")
     claims = pd.concat([study.claims_table(COMMITTED, kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
@@ -186,13 +187,111 @@ def test_claims_get_their_verdicts(results):
     assert table.loc[("fmfa", "irra"), "verdict"] == "cannot be told apart"
     assert table.loc[("asdm", "irra"), "verdict"] == "does not hold"
     assert table.loc[("fmfa", "asdm"), "verdict"] == "holds"
-    assert table.loc[("sdm-efa", "irra"), "verdict"] == "cannot be told apart"
+    assert table.loc[("sdm-efa", "irra"), "verdict"] == "one seed: no verdict"
     assert "the one training of sdm-efa, 61.3 %, lies inside" in table.loc[("sdm-efa", "irra"), "in words"]
     assert table.loc[("ivt", "ivt-base"), "verdict"] == "not run"
     assert table.loc[("fmfa", "irra"), "published"] == "+0.14 to +1.55 (n = 9)"
     known = table["p"].notna()
     assert (table.loc[known, "p (Holm)"] >= table.loc[known, "p"]).all()
-    assert table.loc[~known, "p (Holm)"].isna().all()
+    assert table.loc[~known, ["p (Holm)", "low (Holm)", "high (Holm)"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("kind", ["claims", "controls", "oracles", "forms"])
+def test_corrected_intervals_leave_zero_out_just_where_there_is_a_verdict(kind):
+    table = study.claims_table(COMMITTED, kind=kind)
+    several = table[table["seeds"] > 1]
+    beyond = (several["low (Holm)"] > 0) | (several["high (Holm)"] < 0)
+    decided = several["verdict"].isin(["holds", "does not hold", "as it must be"])
+    assert beyond.tolist() == decided.tolist()
+    assert (several["low (Holm)"] <= several["low"]).all()
+    assert (several["high (Holm)"] >= several["high"]).all()
+    one = table[table["seeds"] == 1]
+    assert set(one["verdict"]) <= {"one seed: no verdict"}
+    assert one["low (Holm)"].isna().all()
+
+
+def test_rows_against_the_baseline_have_corrected_intervals_too(results):
+    table = study.rows_paired_table(results, "irra")
+    known = table["p"].notna()
+    assert ((table["p (Holm)"] <= 0.05) == ((table["low (Holm)"] > 0) | (table["high (Holm)"] < 0)))[known].all()
+    assert set(table.loc[known, "row"]) == {"clip", "asdm", "fmfa", "zero-shot"}
+
+
+def test_the_answer_in_short_counts_every_claim(results, tmp_path):
+    text = study.claims_in_short(results, study.claims_table(results))
+    assert text.startswith(f"SimPEDES-street, {PEOPLE * QUERIES} queries of {PEOPLE} identities, 1 to 4 seeds per row.")
+    assert "Of 20 claims of the papers 2 hold (IRRA beats plain CLIP fine-tuning; EFA helps A-SDM)" in text
+    assert "1 does not hold (A-SDM beats SDM)" in text
+    assert "1 cannot be told apart" in text
+    assert "2 have one seed and no verdict" in text
+    assert "14 were not run; corrected for the number of claims (Holm, 5 %). One seed is one draw" in text
+    assert study.claims_in_short(tmp_path / "nothing", study.claims_table(tmp_path)) == "no run was evaluated."
+
+
+def test_results_of_another_folder_lie_beside_the_shipped_ones(results):
+    for path in [p for p in results.iterdir() if p.name[-1] in "123"]:
+        shutil.rmtree(path)
+    shipped, own = study.claims_table(COMMITTED), study.claims_table(results)
+    assert study.plot_claims(shipped.assign(seeds=0)) is None
+    figure = study.plot_claims(shipped, own, "mine")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[:3] == ["holds", "does not hold", "cannot be told apart"]
+    assert "mine: 1 seed, one draw" in texts
+    beside = next(line for line in figure.axes[0].lines if line.get_label() == "mine: 1 seed, one draw")
+    drawn = dict(zip(shipped["claim"], beside.get_xdata(), strict=True))
+    for line in own.to_dict("records"):
+        assert drawn[line["claim"]] == pytest.approx(line["R@1 difference"], nan_ok=True)
+    alone = study.plot_claims(own)
+    assert [text.get_text() for text in alone.legends[0].get_texts()] == ["one seed: no verdict", "95 % interval"]
+    study.plot_claims(shipped, own.assign(seeds=0), "mine")
+
+
+# --- tables for readers
+
+
+def test_a_table_for_readers_has_no_computer_words():
+    table = pd.DataFrame(
+        {
+            "run": ["a", None, np.nan],
+            "seed": [0, 1, np.nan],
+            "epoch": pd.array([2, pd.NA, 10_000], dtype="Int64"),
+            "R@1": [24.65, 5.31, np.nan],
+            "p": [0.9, 0.0003, 0.0],
+            "rate": [1e-4, 3e-4, 1e-3],
+            "mixed": [1e-8, True, 5],
+            "chance": [True, False, True],
+            "split": pd.Categorical(["val", None, "test"]),
+            "gain": [np.inf, -0.04, -1.0],
+        }
+    )
+    assert readable(table).to_numpy().tolist() == [
+        ["a", "0", "2", "24.6", "0.900", "0.0001", "1e-08", "yes", "val", "inf"],
+        ["", "1", "", "5.3", "0.0003", "0.0003", "yes", "no", "", "-0.04"],
+        ["", "", "10,000", "", "0.000", "0.001", "5", "yes", "test", "-1.0"],
+    ]
+    assert list(readable(table)) == list(table)
+    assert set(readable(table).index) == {""}
+    config = readable(pd.Series({"eps": 1e-8, "epochs": 5, "beta": 0.9995, "name": "", "none": None}, name="value"))
+    assert config.to_numpy().tolist() == [
+        ["eps", "1e-08"], ["epochs", "5"], ["beta", "0.9995"], ["name", ""], ["none", ""],
+    ]  # fmt: skip
+    costs = readable(pd.DataFrame({"value": [0.790464, 12.34567, 912.345678, 3456.7]}), digits=3)
+    assert costs["value"].tolist() == ["0.79", "12.3", "912", "3457"]
+    named = table.set_index(["run", "seed"])[["R@1"]]
+    assert list(readable(named)) == ["run", "seed", "R@1"]
+    assert readable(pd.DataFrame()).empty
+    assert list(readable(table.iloc[:0])) == list(table)
+
+
+@given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(), st.booleans()), max_size=5))
+def test_any_value_becomes_text_and_only_nothing_becomes_zero(values):
+    for column in (pd.Series(values, dtype=object), pd.to_numeric(pd.Series(values, dtype=object), errors="coerce")):
+        text = readable(pd.DataFrame({"value": column}))["value"]
+        for value, cell in zip(column, text, strict=True):
+            assert isinstance(cell, str)
+            assert cell not in ("nan", "None", "<NA>", "NaN", "True", "-0.0") or value == cell
+            if isinstance(value, float | int) and not isinstance(value, bool) and pd.notna(value) and value:
+                assert float(cell.replace(",", "")) != 0
 
 
 def test_controls_and_oracles_get_theirs(results):

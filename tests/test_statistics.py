@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fmfa.evaluation.rows import compare_rows
-from fmfa.evaluation.statistics import bootstrap_interval, hierarchical_interval, holm
+from fmfa.evaluation.statistics import bootstrap_interval, hierarchical_interval, holm, holm_levels
 
 # Limits are 4 standard errors of the simulated rate around what theory allows, so a right
 # implementation practically never fails, and one that takes queries for independent does.
@@ -137,3 +139,30 @@ def test_bad_input_is_named():
         bootstrap_interval(np.full(3, np.nan), np.ones(3), rng)
     with pytest.raises(ValueError, match="answered 3 and 4 queries"):
         compared(np.ones(3), np.ones(4), np.ones(3), rng)
+
+
+def test_levels_of_holm_by_hand():
+    # 0.001 <= 0.05 / 4 is rejected, 0.02 > 0.05 / 3 is not: it and all further ones keep that level.
+    np.testing.assert_allclose(
+        holm_levels([0.5, 0.001, 0.03, 0.02]), 1 - np.array([0.05 / 3, 0.05 / 4, 0.05 / 3, 0.05 / 3])
+    )
+    np.testing.assert_allclose(holm_levels([0.01, 0.02]), [1 - 0.05 / 2, 1 - 0.05])
+    assert holm_levels([]).shape == (0,)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.0125, 0.05 / 3, 0.025, 0.05])), min_size=1))
+def test_an_interval_at_its_level_of_holm_agrees_with_the_test(p_values):
+    within = np.array(p_values) <= 1 - holm_levels(p_values)
+    corrected = holm(p_values)
+    clear = ~np.isclose(corrected, 0.05, rtol=1e-9)  # at the very edge rounding decides
+    assert (within == (corrected <= 0.05))[clear].all()
+
+
+def test_a_comparison_has_intervals_at_every_level():
+    rng = np.random.default_rng(0)
+    first, second = rng.random((4, 60)) + 0.1, rng.random((4, 60))
+    found = compare_rows(first, second, np.arange(60) // 3, rng)
+    assert found.interval(0.95) == found.difference
+    edge = found.interval(1 - found.p_value)
+    assert min(abs(edge.low), abs(edge.high)) == pytest.approx(0, abs=1e-9)
+    assert found.interval(0.99).low < found.difference.low < found.difference.high < found.interval(0.99).high

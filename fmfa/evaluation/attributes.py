@@ -73,12 +73,12 @@ def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) ->
     return table[["attribute", *shares, *counts, "n_told_and_wrong"]]
 
 
-def family_share(evaluation: Evaluation, root: str | Path, split: str) -> dict[str, float]:
+def family_share(evaluation: Evaluation, root: str | Path, split: str) -> pd.DataFrame:
     """Return how often the person wanted, and how often one of its family of look-alikes, is found first.
 
     Returns:
-        Percent of captions: `identity` (R@1) and `family`; what a random ranking is expected to reach,
-        `identity_chance` and `family_chance`; and the number of captions, `queries`.
+        Lines "the person" (R@1) and "one of its family"; `found first` and `chance` (of a random ranking) in percent of
+        the `captions`.
 
     Raises:
         AnnotationError: see `errors_by_attribute`.
@@ -87,13 +87,10 @@ def family_share(evaluation: Evaluation, root: str | Path, split: str) -> dict[s
     gallery, _ = pd.factorize(np.array([truth[i]["family"] for i in _checked(evaluation, truth, root, split)]))
     query = gallery[evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])]
     metrics = feature_metrics(evaluation.text_features, evaluation.image_features, query, gallery)
-    return {
-        "identity": 100 * evaluation.metrics[TEXT_TO_IMAGE].summary["R@1"],
-        "family": 100 * metrics.summary["R@1"],
-        "identity_chance": 100 * evaluation.chance[TEXT_TO_IMAGE]["R@1"],
-        "family_chance": 100 * chance_metrics(query, gallery)["R@1"],
-        "queries": len(query),
-    }
+    person = evaluation.metrics[TEXT_TO_IMAGE].summary["R@1"], evaluation.chance[TEXT_TO_IMAGE]["R@1"]
+    family = metrics.summary["R@1"], chance_metrics(query, gallery)["R@1"]
+    table = 100 * pd.DataFrame([person, family], ["the person", "one of its family"], ["found first", "chance"])
+    return table.assign(captions=len(query))
 
 
 def _checked(evaluation: Evaluation, truth: dict[str, dict], root: str | Path, split: str) -> pd.Series:

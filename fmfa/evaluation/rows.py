@@ -1,6 +1,6 @@
 """Two rows of a study, each trained with several seeds, compared over seeds and identities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
@@ -29,6 +29,8 @@ class RowComparison:
         seeds: number of seeds that were compared.
         identities: number of identities that were compared.
         queries: number of queries that were compared.
+        means: the difference in bootstrap samples of the identities, averaged over seeds, [R].
+        seed_means: the difference of each seed, [S].
     """
 
     difference: Interval
@@ -38,6 +40,12 @@ class RowComparison:
     seeds: int
     identities: int
     queries: int
+    means: np.ndarray = field(repr=False, compare=False)
+    seed_means: np.ndarray = field(repr=False, compare=False)
+
+    def interval(self, level: float) -> Interval:
+        """The difference with its interval over seeds and identities at another confidence level."""
+        return interval_over_seeds(self.means, self.seed_means, level)
 
 
 def compare_rows(
@@ -92,6 +100,8 @@ def compare_rows(
         seeds=len(sums),
         identities=len(counts),
         queries=int(counts.sum()),
+        means=means,
+        seed_means=seed_means,
     )
 
 

@@ -113,6 +113,23 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)
 
 
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> np.ndarray:
+    """Confidence levels at which the intervals of one family agree with Holm's method at `alpha`.
+
+    Of m comparisons that with the k-th smallest p value is tested at alpha / (m - k + 1), until the first that is not
+    rejected; all further ones have that one's level. An interval at 1 minus this leaves zero out just where
+    `holm(p_values) <= alpha`. Each interval has its own level; only the widest, at 1 - alpha / m for all, would
+    cover all differences at once with probability 1 - alpha (Bonferroni).
+    """
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order, steps = np.argsort(p_values, kind="stable"), np.arange(len(p_values))
+    tested = alpha / (len(p_values) - steps)
+    rejected = np.logical_and.accumulate(p_values[order] <= tested).sum()
+    levels = np.empty(len(p_values))
+    levels[order] = 1 - tested[np.minimum(steps, min(rejected, len(steps) - 1))] if len(steps) else []
+    return levels
+
+
 def sums_by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums [S, K] of the values [S, Q] and numbers of queries [K] for each identity that has any value."""
     identity = np.asarray(identity)

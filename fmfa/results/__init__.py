@@ -1,7 +1,7 @@
 """What evaluated runs leave behind, and the tables and figures that compare them."""
 
 from fmfa.results.alignment import correlation_table, counterfactual_table, grounding_table
-from fmfa.results.claims import claims_table
+from fmfa.results.claims import SHIPPED, claims_in_short, claims_table
 from fmfa.results.comparisons import rows_paired_table, shuffled_table
 from fmfa.results.curves import grid_table, sensitivity_table
 from fmfa.results.domains import cross_domain_table
@@ -19,12 +19,14 @@ from fmfa.results.names import results_split, trained_on
 from fmfa.results.parameters import CompareParameters, EvaluateParameters
 from fmfa.results.power import components_table, gains_table, power_table
 from fmfa.results.selection import epochs_table, score_epochs, selection_table
-from fmfa.results.tables import published_table, result_table, run_results, seeds_table, tuning_table
+from fmfa.results.tables import published_table, readable, result_table, run_results, seeds_table, tuning_table
 
 __all__ = [
     "METRICS",
+    "SHIPPED",
     "CompareParameters",
     "EvaluateParameters",
+    "claims_in_short",
     "claims_table",
     "components_table",
     "correlation_table",
@@ -45,6 +47,7 @@ __all__ = [
     "power_table",
     "published_table",
     "read_queries",
+    "readable",
     "result_table",
     "results_split",
     "rows_paired_table",

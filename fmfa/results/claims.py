@@ -1,5 +1,6 @@
 """The papers' claims, the controls and the oracles as comparisons of rows, each with a verdict in one sentence."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,22 @@ import pandas as pd
 import yaml
 
 from fmfa.errors import ConfigError
+from fmfa.evaluation.rows import RowComparison
 from fmfa.evaluation.statistics import further_run
-from fmfa.results.comparisons import difference_columns, holm_known
+from fmfa.results.comparisons import corrected_columns, difference_columns
+from fmfa.results.files import finished_evaluation
 from fmfa.results.rows import Rows, read_rows
 from fmfa.results.tables import published_gains
 
 CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
+SHIPPED = CLAIMS.parent / "results" / "standard"  # the rows of the study with several seeds each
 LEVEL = 0.05
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "cannot be told apart", "not run"
-VERDICTS = (HOLDS, FAILS, UNCLEAR, MISSING)
+ONE_SEED = "one seed: no verdict"
+VERDICTS = (HOLDS, FAILS, UNCLEAR, ONE_SEED, MISSING)
+_SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), UNCLEAR: (UNCLEAR, UNCLEAR),
+           ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
+           MISSING: ("was not run", "were not run")}  # fmt: skip
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
 SIDES = ("above", "below", "not above")
 
@@ -32,23 +40,59 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
             where paper and released code differ.
 
     Returns:
-        One line a claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
+        One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
         not measured here); `R@1 difference`, `low`, `high` and `p` are measured over seeds and identities as in
-        `comparisons.rows_paired_table`; `p (Holm)` is corrected over the table's claims that were run. `verdict` is
-        "holds" or "does not hold" where the corrected p value is at most 0.05, by the sign of the difference,
-        "cannot be told apart" where it is not or where there is one seed only, and "not run". A control is
-        "as it must be", "not as it must be", or one of the last two.
+        `comparisons.rows_paired_table`; `p (Holm)`, `low (Holm)` and `high (Holm)` are corrected over the table's
+        claims that were run with several seeds (`comparisons.corrected_columns`). `verdict` is "holds" or "does not
+        hold" if the corrected p value is at most 0.05, by the sign of the difference, else "cannot be told apart";
+        "one seed: no verdict", and "not run". A control is "as it must be", "not as it must be", or one of the last
+        three.
 
     Raises:
         ConfigError: two runs were evaluated on different queries, or no such kind.
     """
     claims, rows = read_claims(kind), read_rows(results, split)
-    table = pd.DataFrame([_measured(rows, claim, seed) for claim in claims])
-    table["p (Holm)"] = holm_known(table["p"])
+    compared = [rows.compare(claim["row"], claim["minus"], seed=seed) for claim in claims]
+    lines = [_measured(rows, claim, one) for claim, one in zip(claims, compared, strict=True)]
+    table = pd.DataFrame(lines).join(corrected_columns(compared))
     found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
     table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
     beside = ["single", "level", "other", "further_low", "further_high"]
-    return table.drop(columns=["p (these networks)", "effect size", *beside], errors="ignore")
+    table = table.drop(columns=["p (these networks)", "effect size", *beside], errors="ignore")
+    first = [name for name in ("paper", "claim", "verdict", "in words") if name in table]
+    return table[[*first, *table.columns.drop(first)]]
+
+
+def claims_in_short(results: str | Path, table: pd.DataFrame, split: str = "test") -> str:
+    """Say in one paragraph what a table of claims says: on which data, over how many seeds, and which verdicts.
+
+    Args:
+        results: folder that the table was made of.
+        table: of `claims_table`.
+        split: of the comparison.
+    """
+    rows, told = read_rows(results, split), []
+    if not rows.runs:
+        return "no run was evaluated."
+    for verdict in VERDICTS:
+        names = [claim.rstrip(".") for claim in table.loc[table["verdict"] == verdict, "claim"]]
+        listed = f" ({'; '.join(names)})" if verdict in (HOLDS, FAILS) else ""
+        told += [f"{len(names)} {_SPOKEN[verdict][len(names) > 1]}{listed}"] if names else []
+    people, seeds = len(np.unique(rows.identity)), table.loc[table["seeds"] > 0, "seeds"]
+    tested = finished_evaluation(next(iter(rows.folders.values())), split).get("dataset")
+    counted = f", {seeds_in_words(seeds)} per row" if len(seeds) else ""
+    corrected = "; corrected for the number of claims (Holm, 5 %)" if table["p (Holm)"].notna().any() else ""
+    draw = " One seed is one draw: another training would give other numbers." if 1 in set(seeds) else ""
+    return (
+        f"{tested}, {len(rows.identity):,} queries of {people:,} identities{counted}. Of {len(table)} claims of the "
+        f"papers {', '.join(told)}{corrected}.{draw}"
+    )
+
+
+def seeds_in_words(counts: Sequence[int]) -> str:
+    """Numbers of seeds as text: "5 seeds", "1 to 5 seeds"."""
+    fewest, most = min(counts), max(counts)
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed" + "s" * int(most > 1)
 
 
 def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
@@ -88,12 +132,12 @@ def _wrong_in_claim(claim: Any) -> str:
     return ""
 
 
-def _measured(rows: Rows, claim: dict[str, Any], seed: int) -> dict[str, Any]:
+def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None) -> dict[str, Any]:
     line = {"paper": claim["paper"]} if "paper" in claim else {}
     line |= {name: claim[name] for name in ("claim", "row", "minus")}
     if "paper" in claim:
         line["published"] = _published(claim.get("published"))
-    line |= difference_columns(rows.compare(claim["row"], claim["minus"], seed=seed))
+    line |= difference_columns(compared)
     single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
     other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
     if other in rows.runs:
@@ -118,10 +162,10 @@ def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
         return MISSING, f"{line['row']} and {line['minus']} were not both run with the same seed."
     measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
     if line["seeds"] == 1:
-        return UNCLEAR, f"These two networks differ by {measured}; {_one_seed(line)}"
+        return ONE_SEED, f"These two networks differ by {measured}; {_one_seed(line)}"
     found = pd.notna(line["p (Holm)"]) and line["p (Holm)"] <= LEVEL
     above = found and line["R@1 difference"] > 0
-    measured = f"{measured} over {line['seeds']} seeds"
+    measured += f" over {line['seeds']} seeds, corrected [{line['low (Holm)']:.1f}, {line['high (Holm)']:.1f}]"
     if expected := claim.get("expected"):
         return _control(expected, found, above, measured)
     if above:

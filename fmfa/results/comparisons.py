@@ -1,12 +1,13 @@
 """Tables of paired comparisons: rows with a row, and the controls without which no row counts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from fmfa.evaluation.rows import RowComparison
-from fmfa.evaluation.statistics import holm
+from fmfa.evaluation.statistics import holm, holm_levels
 from fmfa.results.files import CHANCE, references
 from fmfa.results.rows import Rows, read_rows
 
@@ -15,27 +16,26 @@ def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test
     """Compare every row of the study with a baseline row over the seeds that both have, on the same queries.
 
     Returns:
-        One line a row, then the starting weights, chance and the ceiling. `R@1` is the row's mean in percent over all
+        One line per row, then the starting weights, chance and the ceiling. `R@1` is the row's mean in percent over all
         of its seeds; `R@1 difference`, `low`, `high` are points over seeds and identities (with one seed over
-        identities alone); `p` is over seeds and identities too, and empty with one seed; `p (Holm)` is corrected over
-        the table's rows; `p (these networks)` is the permutation test over identities, which knows nothing of seeds
-        (see `fmfa.evaluation.rows.compare_rows`). A row that shares no seed with the baseline has no difference.
+        identities alone); `p` is over seeds and identities too, and empty with one seed; `p (Holm)`, `low (Holm)` and
+        `high (Holm)` are corrected over the table's rows (see `corrected_columns`); `p (these networks)` is the
+        permutation test over identities, which knows nothing of seeds (see `fmfa.evaluation.rows.compare_rows`). A row
+        that shares no seed with the baseline has no difference.
 
     Raises:
         ConfigError: two runs were evaluated on different queries.
     """
     rows = read_rows(results, split)
-    table = pd.DataFrame([_line(rows, name, baseline_row, seed) for name in rows.names if name != baseline_row])
+    names = [name for name in rows.names if name != baseline_row]
+    found = [rows.compare(name, baseline_row, seed=seed) for name in names]
+    levels = ({"row": name, "minus": baseline_row, "R@1": 100 * np.nanmean(rows.values(name))} for name in names)
+    table = pd.DataFrame([line | difference_columns(one) for line, one in zip(levels, found, strict=True)])
     if len(table):
-        table["p (Holm)"] = holm_known(table["p"])
+        table = table.join(corrected_columns(found))
         table = table[[*table.columns.drop("p (these networks)"), "p (these networks)"]]
     table = pd.concat([table, _constants(results, split, rows, baseline_row)], ignore_index=True)
     return table.astype({"seeds": "Int64"}) if "seeds" in table else table
-
-
-def _line(rows: Rows, name: str, baseline: str, seed: int) -> dict[str, str | float]:
-    level = 100 * np.nanmean(rows.values(name))
-    return {"row": name, "minus": baseline, "R@1": level} | difference_columns(rows.compare(name, baseline, seed=seed))
 
 
 def difference_columns(found: RowComparison | None) -> dict[str, float]:
@@ -49,10 +49,21 @@ def difference_columns(found: RowComparison | None) -> dict[str, float]:
             "p (these networks)": found.p_networks}  # fmt: skip
 
 
-def holm_known(p_values: pd.Series) -> pd.Series:
-    """Correct a family's p values by Holm, leaving out comparisons without one."""
-    known = p_values.dropna()
-    return pd.Series(holm(known.tolist()), index=known.index).reindex(p_values.index)
+def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
+    """Holm's correction of a family of comparisons; empty where there is no p value.
+
+    Returns:
+        One line per comparison: `p (Holm)`, and `low (Holm)` and `high (Holm)`, the interval in points of R@1 at the
+        confidence level of the comparison in Holm's method (`fmfa.evaluation.statistics.holm_levels`), which leaves
+        zero out just where `p (Holm)` is at most 0.05.
+    """
+    table = pd.DataFrame(np.nan, index=range(len(family)), columns=["p (Holm)", "low (Holm)", "high (Holm)"])
+    known = [place for place, one in enumerate(family) if one and not np.isnan(one.p_value)]
+    p_values = [family[place].p_value for place in known]
+    for place, p, level in zip(known, holm(p_values), holm_levels(p_values), strict=True):
+        interval = family[place].interval(level)
+        table.loc[place] = p, 100 * interval.low, 100 * interval.high
+    return table
 
 
 def _constants(results: str | Path, split: str, rows: Rows, baseline: str) -> pd.DataFrame:

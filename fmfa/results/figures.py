@@ -11,14 +11,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from fmfa.errors import ConfigError
-from fmfa.results.claims import VERDICTS
+from fmfa.results.claims import VERDICTS, seeds_in_words
 from fmfa.results.curves import OWN
 from fmfa.results.files import references
 from fmfa.results.power import gains_of_fmfa, power_table
 from fmfa.results.rows import read_rows
 
 STYLES = (":", "-.", "--", (0, (1, 3)), (0, (8, 2)))
-MARKERS = ("o", "s", "D", "^")
+MARKERS = ("o", "s", "D", "^", "v")
 
 
 def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> Figure:
@@ -40,7 +40,7 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
     for (name, level), style in zip(references(results, split).items(), cycle(STYLES), strict=False):
         value = level["R@1"][0]
         axis.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name}, {value:.1f} %")
-    labels = [f"{name} ({_seeds([len(runs)])})" for name, runs in rows.runs.items()]
+    labels = [f"{name} ({seeds_in_words([len(runs)])})" for name, runs in rows.runs.items()]
     axis.set_yticks(range(len(labels)), labels, parse_math=False)
     people = len(np.unique(rows.identity))
     axis.set(xlabel=f"R@1 on {split} (%), n = {len(rows.identity):,} queries of {people:,} identities", xlim=(0, 100))
@@ -50,26 +50,41 @@ def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> 
     return figure
 
 
-def plot_claims(table: pd.DataFrame) -> Figure | None:
-    """Show the measured difference of each claim that was run with its 95 % interval; None where none was.
+def plot_claims(table: pd.DataFrame, own: pd.DataFrame | None = None, name: str = "") -> Figure | None:
+    """Show the measured difference of each claim that was run with its intervals; None without any.
+
+    Thick bars are 95 % intervals, thin ones those corrected by Holm's method, which leave zero out just where there is
+    a verdict.
 
     Args:
         table: of `claims_table`.
+        own: the same of other results, drawn hollow beside it with their 95 % intervals.
+        name: what the legend calls `own`.
     """
     run = table[table["seeds"] > 0].reset_index(drop=True)
     if run.empty:
         return None
-    figure, axis = plt.subplots(figsize=(9, 0.4 * len(run) + 1.4), layout="constrained")
-    for verdict in run["verdict"].unique():
-        part = run[run["verdict"] == verdict]
-        errors = [part["R@1 difference"] - part["low"], part["high"] - part["R@1 difference"]]
-        marker, colour = MARKERS[VERDICTS.index(verdict)], f"C{VERDICTS.index(verdict)}"
-        axis.errorbar(
-            part["R@1 difference"], part.index, xerr=errors, fmt=marker, color=colour, capsize=3, label=verdict
-        )
+    beside = run[["claim"]].merge(own[own["seeds"] > 0], on="claim", how="left") if own is not None else run.iloc[:0]
+    figure, axis = plt.subplots(figsize=(9, 0.34 * len(run) + 1.7), layout="constrained")
+    for place, (verdict, marker) in enumerate(zip(VERDICTS, MARKERS, strict=True)):
+        part, colour = run[run["verdict"] == verdict], f"C{place}"
+        if part.empty:
+            continue
+        axis.hlines(part.index, part["low (Holm)"], part["high (Holm)"], color=colour, linewidth=1)
+        axis.hlines(part.index, part["low"], part["high"], color=colour, linewidth=3)
+        axis.plot(part["R@1 difference"], part.index, marker, color=colour, label=verdict)
+    if beside["seeds"].notna().any():
+        places = beside.index + 0.27
+        axis.hlines(places, beside["low"], beside["high"], color="black", linewidth=1)
+        seeds = beside["seeds"].dropna().astype(int)
+        label = f"{name}: {seeds_in_words(seeds)}{', one draw' if seeds.max() == 1 else ''}"
+        axis.plot(beside["R@1 difference"], places, "o", color="black", fillstyle="none", label=label)
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(run.index, run["claim"], parse_math=False)
-    axis.set(xlabel=f"difference in R@1 (points), n = {_seeds(run['seeds'])} a row")
+    axis.plot([], [], color="0.4", linewidth=3, label="95 % interval")
+    if run["low (Holm)"].notna().any():
+        axis.plot([], [], color="0.4", linewidth=1, label="corrected for the number of claims (Holm)")
+    axis.set_xlabel(f"difference in R@1 (points), n = {seeds_in_words(run['seeds'])} per row")
     axis.set_ylim(len(run) - 0.4, -0.6)
     _legend_below(figure)
     return figure
@@ -149,7 +164,7 @@ def plot_domains(table: pd.DataFrame) -> Figure | None:
             axis.errorbar(part["R@1"], places, xerr=errors, fmt=marker, color=f"C{number}", capsize=3, label=home)
         queries = table.loc[table["tested on"] == test, "queries"].iloc[0]
         axis.set_xlabel(f"R@1 on {test} (%), n = {queries:,} queries", parse_math=False)
-    labels = [f"{row} ({_seeds(seeds)})" for row, seeds in table.groupby("row", sort=False)["seeds"]]
+    labels = [f"{row} ({seeds_in_words(seeds)})" for row, seeds in table.groupby("row", sort=False)["seeds"]]
     axes[0][0].set_yticks(range(len(rows)), labels, parse_math=False)
     axes[0][0].invert_yaxis()
     axes[0][0].margins(y=0.12)
@@ -228,8 +243,3 @@ def plot_grid(table: pd.DataFrame) -> Figure | None:
 def _legend_below(figure: Figure, *entries: Sequence) -> None:
     for text in figure.legend(*entries, fontsize=8, loc="outside lower center", ncols=3).get_texts():
         text.set_parse_math(False)  # names of data sets and weight files
-
-
-def _seeds(counts: Sequence[int]) -> str:
-    fewest, most = min(counts), max(counts)
-    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed" + "s" * int(most > 1)

@@ -2,7 +2,9 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fmfa.data.annotations import Dataset
@@ -48,6 +50,47 @@ def shown(level: Level) -> str:
     """Write a level as "value [low, high]", or "value" without an interval."""
     value, low, high = level
     return f"{value:.1f}" if pd.isna(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def readable(table: pd.DataFrame | pd.Series, digits: int = 0) -> pd.DataFrame:
+    """Write a table as text for readers.
+
+    Missing values are empty cells, whole numbers have no decimal point, and nothing but 0 is shown as 0. All numbers of
+    a column have one decimal if the largest is at least 1, such as percentages, and three if it is at least 0.01;
+    smaller ones have three digits, those in a column of mixed values six. An index without name or labels is left out.
+
+    Args:
+        table: a Series becomes a table of two columns.
+        digits: significant digits of each number by itself, for columns of different units; 0: as above.
+    """
+    table = table.to_frame() if isinstance(table, pd.Series) else table
+    if any(table.index.names) or not pd.api.types.is_integer_dtype(table.index):
+        table = table.reset_index(names=[name or "" for name in table.index.names])
+    text = table.apply(_as_text, digits=digits)
+    return text.set_axis([""] * len(text)).rename_axis(columns=None)
+
+
+def _as_text(column: pd.Series, digits: int) -> pd.Series:
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    numbers = column.dropna().abs().loc[lambda sizes: sizes < np.inf] if numeric else pd.Series(dtype=float)
+    column, largest = column.astype(object), numbers.max()
+    if digits or not largest >= 0.01 or (numbers % 1 == 0).all():
+        return column.map(lambda value: _cell(value, digits or (3 if numeric else 6)))
+    return column.map(lambda value: _cell(value, 1, decimals=1 if largest >= 1 else 3))
+
+
+def _cell(value: Any, digits: int, decimals: int = 0) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float | np.number) or abs(value) == np.inf:
+        return str(value)
+    if decimals and (value == 0 or round(value, decimals)):
+        return f"{value + 0:,.{decimals}f}"
+    if value % 1 == 0 or abs(value) >= 10**digits - 0.5:
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.0f}"
+    return f"{value:.{digits}g}"
 
 
 def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:

@@ -168,7 +168,7 @@ class TrainingLoop:
             self._write(EPOCH)
         self._checkpoint()
         text = f"epoch {progress.epoch}/{config.epochs}: loss {values['loss/total']:.4f}"
-        text += f", validation R@1 {found[SELECTION]:.2f}" if found else ""
+        text += f", validation {SELECTION} {100 * found[SELECTION]:.1f} %" if found else ""
         self.accelerator.print(f"{text}, {sums['seconds']:.0f} s")
 
     def _select(self, found: Mapping[str, float]) -> None:
