@@ -82,28 +82,28 @@ def results(tmp_path):
     plt.close("all")
 
 
-def readme_table(heading):
-    """Lines of the table under a README heading, by their first cell (of it what stands in backticks, if any)."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split(f"{heading}\n", 1)[1]
+def told_table(heading):
+    """Lines of the table under a heading of the results page, by their first cell (what is in backticks, if any)."""
+    text = (COMMITTED.parent / "README.md").read_text(encoding="utf-8").split(f"{heading}\n", 1)[1]
     lines = [line for line in text.split("\n#", 1)[0].splitlines() if line.startswith("|")]
     cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     return {first.split("`")[1] if "`" in first else first: rest for first, *rest in cells}
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(study.seeds_table(COMMITTED)).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *study.METRICS]]) for row in levels.index}
-    assert readme_table("### Levels") == told
+    assert told_table("## Levels") == told
     kinds = ("claims", "controls", "oracles", "forms")
     claims = pd.concat([study.claims_table(COMMITTED, kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
-    told = readme_table("### Claims")
+    told = told_table("## Claims")
     assert set(told) == set(claims["claim"])
     for line in claims.to_dict("records"):
         measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
         assert told[line["claim"]] == [f"{line['row']} - {line['minus']}", measured, line["verdict"]]
     domains = study.cross_domain_table([COMMITTED, COMMITTED.parent / "station"])
-    told = readme_table("### Another domain")
+    told = told_table("## Another domain")
     assert len(told) == len(domains) / 2 == 8
     for line in domains.to_dict("records"):
         there, elsewhere, loss = told[f"{line['tested on'].removeprefix('SimPEDES-')}: {line['row']}"]
