@@ -12,9 +12,7 @@ from typing import Any
 import yaml
 
 from fmfa.errors import ConfigError
-from fmfa.parameters import Parameter
-
-PROJECT = Path(__file__).parents[1]
+from fmfa.parameters import PROJECT, Parameter
 
 
 def add_parameter_options(parser: argparse.ArgumentParser) -> None:
@@ -43,26 +41,25 @@ def print_parameters(parameters: Iterable[Parameter]) -> None:
 def notebook_command(record: Mapping[str, Any]) -> str:
     """Write the command that runs a notebook, to be pasted into a shell in the project's folder.
 
-    Paths within the project are relative to it, whatever machine it lies on.
-
     Args:
-        record: `notebook`, `output` and `given` (the parameters) as in the record of `fmfa.runner.run_notebook`; if its
-            `parameters` are there, they are taken for the given ones.
+        record: `notebook`, `output` and `given` (the parameters) as in the record of `fmfa.runner.run_notebook`; values
+            in its `parameters`, if there, replace the given ones.
     """
     resolved = record.get("parameters") or {}
     given = {name: resolved.get(name, value) for name, value in record["given"].items()}
-    python = _in_project(sys.executable)
-    python = "python" if os.path.isabs(python) else python
-    words = [python, "-m", "fmfa.runner", _in_project(record["notebook"]), _in_project(record["output"])]
-    return shlex.join([*words, *(word for name, value in given.items() for word in ("-p", name, _in_project(value)))])
+    python = in_project(sys.executable)
+    words = ["python" if os.path.isabs(python) else python, "-m", "fmfa.runner"]
+    words += [in_project(record["notebook"]), in_project(record["output"])]
+    return shlex.join([*words, *(word for name, value in given.items() for word in ("-p", name, in_project(value)))])
 
 
-def _in_project(value: Any) -> str:
+def in_project(value: Any) -> str:
+    """Write a parameter as text; absolute paths within the project become relative to it, also those of a list."""
     if isinstance(value, list):
-        return json.dumps([_in_project(item) if isinstance(item, str) else item for item in value])
+        return json.dumps([in_project(item) if isinstance(item, str) else item for item in value])
     text = str(value)
-    inside = os.path.isabs(text) and Path(text).is_relative_to(PROJECT)
-    return str(Path(text).relative_to(PROJECT)) if inside else text
+    inside = os.path.isabs(text) and Path(os.path.normpath(text)).is_relative_to(PROJECT)
+    return os.path.relpath(text, PROJECT) if inside else text
 
 
 def _from_file(path: str | None) -> dict[str, Any]:

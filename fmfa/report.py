@@ -24,7 +24,7 @@ from jinja2 import Environment
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from fmfa.arguments import notebook_command
+from fmfa.arguments import in_project, notebook_command
 from fmfa.errors import ConfigError
 from fmfa.files import read_json, said_plainly, whole_file
 from fmfa.records import read_record
@@ -119,7 +119,7 @@ def write_report(results: str | Path, output: str | Path = "", shown: Sequence[s
         .render(
             title=f"fmfa: finding a person from a sentence, {results.name}",
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            folder=results,
+            folder=in_project(results.absolute()),
             sections=sections,
             groups=[(group.name, list(_runs(group, output.absolute().parent))) for group in groups],
         )
