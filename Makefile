@@ -5,6 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 
+# What the study does: study.yml has the scales and rows. On real data: ROOTS="CUHK-PEDES=/data/CUHK-PEDES ..."
+SCALE ?= quick
+GPUS ?= 1
+# Values go to the commands through the environment, as they were given: neither make nor the shell reads them.
+$(foreach name,PYTHON BIN SCALE ROWS SEEDS DATASETS ROOTS WEIGHTS GPUS ROOT,\
+	$(eval override export $(name) := $$(value $(name))))
+RUN := exec "$$BIN/python" -m
+ASKED := "scale=$$SCALE" "chosen=$$ROWS" "seeds=$$SEEDS" "datasets=$$DATASETS" "folders=$$ROOTS" "weights=$$WEIGHTS"
+
 .DEFAULT_GOAL := help
 .PHONY: help study plan report test lab check weights clean
 
@@ -12,56 +21,38 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmfa needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmfa needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=...")'
+	@test -x "$$BIN/python" || "$$PYTHON" -m venv $(VENV)
 	@echo "Installing the packages into $(VENV) (some 2 to 5 minutes the first time) ..."
-	$(BIN)/pip install --disable-pip-version-check --progress-bar on \
+	"$$BIN/python" -m pip install --disable-pip-version-check --progress-bar on \
 		--constraint constraints.txt --editable .[test]
 	@touch $@
 
-# What the study does: study.yml has the scales and rows. On real data: ROOTS="CUHK-PEDES=/data/CUHK-PEDES ..."
-SCALE ?= quick
-ROWS ?=
-SEEDS ?=
-DATASETS ?=
-ROOTS ?=
-WEIGHTS ?=
-GPUS ?= 1
-ASKED = scale=$(SCALE) $(if $(ROWS),"chosen=$(ROWS)") $(if $(SEEDS),seeds=$(SEEDS)) $(if $(WEIGHTS),"weights=$(WEIGHTS)") \
-	$(if $(DATASETS),"datasets=$(DATASETS)") $(foreach root,$(ROOTS),"root_$(root)")
-SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --resources gpu=$(GPUS) --rerun-triggers mtime \
-	--rerun-incomplete --keep-going
-REPORT = { $(SNAKEMAKE) --quiet all --config $(ASKED) only_finished=true --forcerun report -- all || \
-	{ PATH="$(CURDIR)/$(BIN):$$PATH" python -m fmfa.report runs/$(SCALE) && false; }; } && \
-	echo "The report: $(CURDIR)/runs/$(SCALE)/report.html"
-
 study: $(READY)  ## the main job on the embedded data, into runs/ (SCALE=quick, or another of study.yml; ROWS="fmfa alpha")
-	@$(SNAKEMAKE) --unlock --quiet all --config $(ASKED) 2>/dev/null || true
-	@failed=0; $(SNAKEMAKE) --quiet rules host --config $(ASKED) -- evaluations || failed=1; \
-		$(REPORT) && exit $$failed
+	@$(RUN) fmfa.workflow study $(ASKED) --gpus "$$GPUS"
 
 report: $(READY)  ## the comparison, pictures and report of what is finished (make study ends with it)
-	@$(REPORT)
+	@$(RUN) fmfa.workflow report $(ASKED) --gpus "$$GPUS"
 
 plan: $(READY)  ## what make study would run, and for how long
-	@$(BIN)/python -m fmfa.plan $(ASKED)
-	@$(SNAKEMAKE) --dry-run --quiet rules reason host --config $(ASKED) 2>&1 | sed -n '/^job /,/^total/p; /^total/q'
+	@$(RUN) fmfa.plan $(ASKED)
 
 test: $(READY)  ## every test, the linter and the notebooks
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	@"$$BIN/python" -m ruff check
+	@"$$BIN/python" -m ruff format --check
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadgroup
 
 lab: $(READY)  ## JupyterLab in the same environment
-	@$(BIN)/jupyter lab --notebook-dir notebooks
+	@$(RUN) jupyterlab --notebook-dir notebooks
 
 check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
-	@$(BIN)/python -m fmfa.check $(ROOT)
+	@test -n "$$ROOT" || { echo "Which data set? make check ROOT=/data/CUHK-PEDES" >&2; exit 2; }
+	@$(RUN) fmfa.check -- "$$ROOT"
 
 weights: $(READY)  ## make the shipped weights anew (about an hour on two cores)
-	@$(BIN)/python -m fmfa.pretrain data/tiny_clip.safetensors
-	@$(BIN)/python -m fmfa.pretrain data/tiny_ivt.safetensors --method ivt
-	@$(BIN)/python -m fmfa.pretrain data/tiny_ivt_equal.safetensors --method ivt --pairs 96548
+	@$(RUN) fmfa.pretrain data/tiny_clip.safetensors
+	@$(RUN) fmfa.pretrain data/tiny_ivt.safetensors --method ivt
+	@$(RUN) fmfa.pretrain data/tiny_ivt_equal.safetensors --method ivt --pairs 96548
 
 clean:  ## remove the environment and what was made; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -2,34 +2,36 @@
 # a notebook executed by the package's runner; fmfa.study reads study.yml. `make study` calls it, or a cluster does
 # (README). Trainings and evaluations never start again because a notebook was edited: delete the run's folder for that.
 # A step is done when its flag NAME.done lies beside NAME.ipynb, so that failed notebooks stay to be read and are retried.
+# Commands are lists of words, quoted once (`shlex.join`); Snakemake sets OMP_NUM_THREADS to a job's threads.
 import json
 import os
 import shlex
-from glob import glob
+import sys
+from pathlib import Path
 
 from fmfa.errors import ConfigError
-from fmfa.study import read_study
-
-
-configfile: "study.yml"
-
+from fmfa.study import read_definition, read_study
 
 try:
-    STUDY = read_study(config)
+    STUDY = read_study(read_definition() | config)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 WEIGHTS = {"clip": "data/tiny_clip.safetensors", "irra": "data/tiny_clip.safetensors",
            "fmfa": "data/tiny_clip.safetensors", "ivt": "data/tiny_ivt.safetensors"}
-RUN = "OMP_NUM_THREADS={threads} python -m fmfa.runner"
 
 
-def given(values):
-    return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items())
+def command(module, *words):
+    """The command of a module, which ends when this process does."""
+    words = [sys.executable, "-m", "fmfa.processes", os.getpid(), module, *words]
+    return f"exec {shlex.join(map(str, words))}"
 
 
-def quoted(folders):
-    """A list of folders as a parameter of the runner's command line."""
-    return shlex.quote(json.dumps([os.path.abspath(folder) for folder in folders]))
+def execution(notebook, step, **parameters):
+    """The command that executes notebooks/NOTEBOOK.ipynb to STEP.ipynb; lists go as JSON."""
+    words = [f"notebooks/{notebook}.ipynb", f"{step}.ipynb"]
+    for name, value in parameters.items():
+        words += ["-p", name, json.dumps(value) if isinstance(value, list) else value]
+    return command("fmfa.runner", *words)
 
 
 def training_data(wildcards):
@@ -62,26 +64,35 @@ def evaluated(wildcards):
     return [f"{run.folder}/evaluate.done" for run in runs]
 
 
-def baseline(wildcards):
-    wanted, rows = STUDY.settings["baseline"], [run.row for run in STUDY.results[wildcards.results]]
-    there = wanted in rows or any(glob(f"{wildcards.results}/{wanted}-*/evaluate.done"))
-    return wanted if there else rows[0]
+def baseline(results):
+    wanted, rows = STUDY.settings["baseline"], [run.row for run in STUDY.results[results]]
+    done = [path.parent.name.rpartition("-")[0] for path in Path(results).glob("*/evaluate.done")]
+    return wanted if wanted in [*rows, *done] else rows[0]
 
 
-def shown(wildcards):
+def away(results):
+    others = [other for other in STUDY.results if other != results and any(Path(other).glob("*/evaluate.done"))]
+    return [os.path.abspath(other) for other in others]
+
+
+def shown(results):
     """The first run of each row that the pictures show; of the others where none of those is there."""
-    first = [run for run in STUDY.results[wildcards.results] if run.seed == 0]
+    first = [run for run in STUDY.results[results] if run.seed == 0]
     return [run for run in first if run.row in STUDY.settings["shown"]] or first[:1]
 
 
-def linked(wildcards):
-    """A cross-domain evaluation gets a run folder of its own, with links to the run's record and checkpoints."""
+def evaluation(wildcards):
+    """Evaluate a run; across domains in a folder of its own, with links to the run's record and checkpoints."""
     run = STUDY.find(wildcards.run)
+    execute = execution("03_evaluate", f"{run.folder}/evaluate", **run.tested, run=os.path.abspath(run.folder))
     if not run.source:
-        return "true"
+        return execute
     names = "run.json config.json metrics.csv vocab.txt checkpoints"
     source, folder = shlex.quote(os.path.abspath(run.source)), shlex.quote(run.folder)
-    return f"for name in {names}; do if [ -e {source}/$name ]; then ln -sfn {source}/$name {folder}/$name; fi; done"
+    return (
+        f"for name in {names}; do if [ -e {source}/$name ]; then ln -sfn {source}/$name {folder}/$name; fi; done; "
+        + execute
+    )
 
 
 wildcard_constraints:
@@ -111,96 +122,105 @@ rule data:
     output:
         touch("{data}.done"),
     params:
-        values=lambda wildcards: given(STUDY.data[wildcards.data]),
+        lambda wildcards: execution("01_data", wildcards.data, **STUDY.data[wildcards.data]),
     threads: 2
     shell:
-        f"{RUN} {{input}} {{wildcards.data}}.ipynb {{params.values}}"
+        "{params}"
 
 
 rule clip_weights:
     output:
         "data/tiny_clip.safetensors",
+    params:
+        lambda wildcards, output: command("fmfa.pretrain", *output),
     threads: 2
     shell:
-        "python -m fmfa.pretrain {output}"
+        "{params}"
 
 
 rule ivt_weights:
     output:
         "data/tiny_ivt.safetensors",
+    params:
+        lambda wildcards, output: command("fmfa.pretrain", *output, "--method", "ivt"),
     threads: 2
     shell:
-        "python -m fmfa.pretrain {output} --method ivt"
+        "{params}"
 
 
 rule train:
     input:
         training_data,
         starting_weights,
-        notebook=ancient("notebooks/02_train.ipynb"),
+        ancient("notebooks/02_train.ipynb"),
     output:
         touch("{run}/train.done"),
     params:
-        values=lambda wildcards: given(STUDY.find(wildcards.run).parameters),
-        folder=lambda wildcards: os.path.abspath(wildcards.run),
+        lambda wildcards: execution(
+            "02_train",
+            f"{wildcards.run}/train",
+            **STUDY.find(wildcards.run).parameters,
+            run=os.path.abspath(wildcards.run),
+        ),
     priority: urgency
     resources:
-        gpu=STUDY.settings.get("gpu", 0),
+        gpu=STUDY.settings["gpu"],
     shell:
-        f"{RUN} {{input.notebook}} {{wildcards.run}}/train.ipynb {{params.values}} -p run {{params.folder}}"
+        "{params}"
 
 
 rule evaluate:
     input:
         trained,
         test_data,
-        notebook=ancient("notebooks/03_evaluate.ipynb"),
+        ancient("notebooks/03_evaluate.ipynb"),
     output:
         touch("{run}/evaluate.done"),
-    priority: 1 # what is trained is evaluated before another training begins
     params:
-        links=linked,
-        values=lambda wildcards: given(STUDY.find(wildcards.run).tested),
-        folder=lambda wildcards: os.path.abspath(wildcards.run),
+        evaluation,
+    priority: 1 # what is trained is evaluated before another training begins
     resources:
-        gpu=STUDY.settings.get("gpu", 0),
+        gpu=STUDY.settings["gpu"],
     shell:
-        f"{{params.links}} && {RUN} {{input.notebook}} {{wildcards.run}}/evaluate.ipynb {{params.values}}"
-        " -p run {params.folder}"
+        "{params}"
 
 
 rule compare:
     input:
         evaluated,
-        notebook="notebooks/04_ablation.ipynb",
+        "notebooks/04_ablation.ipynb",
     output:
         touch("{results}/comparison.done"),
     params:
-        folder=lambda wildcards: os.path.abspath(wildcards.results),
-        baseline=baseline,
-        away=lambda wildcards: quoted(
-            other for other in STUDY.results if other != wildcards.results and glob(f"{other}/*/evaluate.done")
+        lambda wildcards: execution(
+            "04_ablation",
+            f"{wildcards.results}/comparison",
+            results=os.path.abspath(wildcards.results),
+            baseline=baseline(wildcards.results),
+            away=away(wildcards.results),
         ),
     shell:
-        f"{RUN} {{input.notebook}} {{wildcards.results}}/comparison.ipynb -p results {{params.folder}}"
-        " -p baseline {params.baseline} -p away {params.away}"
+        "{params}"
 
 
 rule pictures:
     input:
-        lambda wildcards: [f"{run.folder}/evaluate.done" for run in shown(wildcards)],
-        notebook="notebooks/05_visualise.ipynb",
+        lambda wildcards: [f"{run.folder}/evaluate.done" for run in shown(wildcards.results)],
+        "notebooks/05_visualise.ipynb",
     output:
         touch("{results}/pictures.done"),
     params:
-        folder=lambda wildcards: os.path.abspath(wildcards.results),
-        runs=lambda wildcards: quoted(run.folder for run in shown(wildcards)),
-        values=lambda wildcards: given(STUDY.results[wildcards.results][0].tested),
+        lambda wildcards: execution(
+            "05_visualise",
+            f"{wildcards.results}/pictures",
+            **STUDY.results[wildcards.results][0].tested,
+            runs=[os.path.abspath(run.folder) for run in shown(wildcards.results)],
+            results=os.path.abspath(wildcards.results),
+        ),
     resources:
-        gpu=STUDY.settings.get("gpu", 0),
+        gpu=STUDY.settings["gpu"],
     shell:
-        f"{RUN} {{input.notebook}} {{wildcards.results}}/pictures.ipynb {{params.values}} -p runs {{params.runs}}"
-        " -p results {params.folder}"
+        "{params}"
 
 
 rule report:
@@ -211,7 +231,8 @@ rule report:
     output:
         f"{STUDY.folder}/report.html",
     params:
-        folder=STUDY.folder,
-        shown=" ".join(f"{row}-0" for row in STUDY.settings["shown"]),
+        lambda wildcards, output: command(
+            "fmfa.report", STUDY.folder, *output, "--shown", *[f"{row}-0" for row in STUDY.settings["shown"]]
+        ),
     shell:
-        "python -m fmfa.report {params.folder} {output} --shown {params.shown}"
+        "{params}"

@@ -5,7 +5,9 @@ from the measured costs in study.yml.
 """
 
 import argparse
+import functools
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -14,11 +16,13 @@ from typing import Any
 import pandas as pd
 import psutil
 
+from fmfa.data.datasets import PROJECT
 from fmfa.errors import ConfigError
 from fmfa.models.objectives import objectives
+from fmfa.parameters import Parameter, notebook_parameters, resolve_parameters
 from fmfa.records import read_record
 from fmfa.simpedes import SCALES
-from fmfa.study import RUNS, SIMPEDES, Run, Study, is_finished, parse_arguments, read_study
+from fmfa.study import RUNS, SIMPEDES, Run, Study, is_finished, parse_arguments, read_study, spoken
 from fmfa.training.config import TrainConfig
 
 PAIRS = 5600  # training pairs that the costs in study.yml are for
@@ -36,23 +40,38 @@ def estimate(study: Study, costs: Mapping[str, float], device: str) -> pd.DataFr
     Returns:
         Columns row, runs (all), left (to train), seconds a run (training and evaluation; NaN where nothing tells),
         seconds (of all that is left), and from ("finished runs" or "study.yml").
+
+    Raises:
+        ConfigError: a row's parameters are not those of a training.
     """
     measured = _measured(Path(RUNS), device)
     rows: dict[str, dict[str, Any]] = {}
     for run in study.runs:
         row = rows.setdefault(run.row, {"row": run.row, "runs": 0, "left": 0, "seconds": 0.0})
-        config = _config(run)
-        rate, source = _rate(config, costs, measured, device)
-        training = costs["notebook"] + config.epochs * _pairs(config) * rate
-        evaluation = costs["notebook"] + costs["evaluate"] * _test_captions(run) / 1600
+        training, source = _training(run, costs, measured, device)
+        evaluation = _evaluation(run, costs)
         row |= {"runs": row["runs"] + 1, "seconds a run": training + evaluation, "from": source}
-        if not is_finished(run, "train"):
+        if not is_finished(f"{run.folder}/train"):
             row["left"] += 1
             row["seconds"] += training
-        if not is_finished(run, "evaluate"):
+        if not is_finished(f"{run.folder}/evaluate"):
             row["seconds"] += evaluation
     table = pd.DataFrame(rows.values())
     return table[["row", "runs", "left", "seconds a run", "seconds", "from"]]
+
+
+def step_seconds(study: Study, costs: Mapping[str, float], device: str) -> dict[str, float]:
+    """Expected seconds of every step of the study, finished or not; NaN where nothing tells.
+
+    A step is the path of an executed notebook without its ending, such as `runs/quick/irra-0/train`. Arguments and
+    errors are those of `estimate`; `costs` has `data`, `comparison` and `pictures` too.
+    """
+    measured = _measured(Path(RUNS), device)
+    steps = {}
+    for run in study.runs:
+        steps[f"{run.folder}/train"] = _training(run, costs, measured, device)[0]
+        steps[f"{run.folder}/evaluate"] = _evaluation(run, costs)
+    return steps | _other_steps(study, costs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,31 +80,67 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="scale=..., chosen=..., seeds=...")
     options = parser.parse_args(arguments)
     try:
-        config = parse_arguments(options.words)
-        study = read_study(config)
+        study = read_study(parse_arguments(options.words))
+        device, cores = compute_device(), psutil.cpu_count()
+        table = estimate(study, study.seconds, device)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device, cores = _device(), psutil.cpu_count()
-    table = estimate(study, config["seconds"], device)
+    others = {step: cost for step, cost in _other_steps(study, study.seconds).items() if not is_finished(step)}
+    evaluations = [f"{run.folder}/evaluate" for run in study.runs]
+    left = [*others, *(step for step in evaluations if not is_finished(step))]
+    kinds = Counter(step.split("/")[-1].split("-")[0] for step in left)
     shown = table.assign(minutes=(table["seconds a run"] / 60).round(1)).drop(columns=["seconds a run", "seconds"])
     print(shown.rename(columns={"minutes": "minutes a run"}).to_string(index=False))
-    unknown = int(table["seconds"].isna().sum())
-    jobs = max(1, min(cores, int(table["left"].sum())))
-    seconds = table["seconds"].sum()
-    print(f"{len(study.runs)} runs, {table['left'].sum()} to train; {_spoken(seconds)} on one core, "
-          f"about {_spoken(seconds / jobs)} on {cores} ({device})")  # fmt: skip
-    if unknown:
+    seconds = table["seconds"].sum() + pd.Series(others).sum()
+    jobs = max(1, min(cores, int(table["left"].sum()) + len(left)))
+    print(f"{len(study.runs)} runs, {table['left'].sum()} to train; {spoken(seconds)} on one core, "
+          f"about {spoken(seconds / jobs)} on {cores} ({device})")  # fmt: skip
+    print("Beside the trainings: " + (", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing left"))
+    if unknown := int(table["seconds"].isna().sum()):
         print(f"Without {unknown} rows that nothing was measured for yet; the first finished run of each will tell.")
     return 0
 
 
-def _config(run: Run) -> TrainConfig:
-    values = {}
-    for name, value in run.parameters.items():
-        kind = TrainConfig.__dataclass_fields__[name].type
-        values[name] = kind(value)
-    return TrainConfig(**values).resolved()
+def training_config(run: Run) -> TrainConfig:
+    """The complete parameters of a run's training; ConfigError names the row that has others."""
+    try:
+        values = resolve_parameters(_declared(), run.parameters)
+        known = {name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__}
+        return TrainConfig(**known).resolved()
+    except ConfigError as error:
+        raise ConfigError(f"row {run.row} of study.yml: {error}") from error
+
+
+def compute_device() -> str:
+    """Where the study's trainings run: "cuda" or "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _declared() -> dict[str, Parameter]:
+    return notebook_parameters(PROJECT / "notebooks" / "02_train.ipynb")
+
+
+def _training(
+    run: Run, costs: Mapping[str, float], measured: Mapping[tuple, list[float]], device: str
+) -> tuple[float, str]:
+    config = training_config(run)
+    rate, source = _rate(config, costs, measured, device)
+    return costs["notebook"] + config.epochs * _pairs(config) * rate, source
+
+
+def _evaluation(run: Run, costs: Mapping[str, float]) -> float:
+    return costs["notebook"] + costs["evaluate"] * _test_captions(run) / 1600
+
+
+def _other_steps(study: Study, costs: Mapping[str, float]) -> dict[str, float]:
+    """Expected seconds of the steps beside trainings and their evaluations."""
+    steps = dict.fromkeys(study.data, costs["data"])
+    steps |= {f"{run.folder}/evaluate": _evaluation(run, costs) for run in study.cross}
+    return steps | {f"{folder}/{name}": costs[name] for folder in study.results for name in ("comparison", "pictures")}
 
 
 def _kind(config: TrainConfig) -> tuple:
@@ -133,19 +188,12 @@ def _pairs(config: TrainConfig) -> float:
 
 
 def _test_captions(run: Run) -> float:
-    tested = run.tested
-    known = tested["dataset"].startswith(SIMPEDES)
-    return SCALES[tested.get("scale", TrainConfig.scale)][2] * _CAPTIONS if known else float("nan")
-
-
-def _spoken(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not run.tested["dataset"].startswith(SIMPEDES):
+        return float("nan")
+    scale = run.tested.get("scale", TrainConfig.scale)
+    if scale not in SCALES:
+        raise ConfigError(f"study.yml: {run.folder} is tested at scale {scale!r}; expected one of {', '.join(SCALES)}")
+    return SCALES[scale][2] * _CAPTIONS
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Processes that end with the one that started them."""
+"""Processes that end with the one that started them.
+
+`python -m fmfa.processes PROCESS MODULE [ARGUMENT ...]` runs a module so; PROCESS is the other process' number.
+"""
 
 import os
+import runpy
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -23,3 +28,9 @@ def end_with(process: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

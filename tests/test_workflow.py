@@ -1,17 +1,25 @@
 """The study's definition, its workflow (with stand-ins for the notebooks; killed, failing, resumed) and estimate."""
 
+import contextlib
+import copy
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import nbformat
+import psutil
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -19,9 +27,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from fmfa.errors import ConfigError
 from fmfa.models.objectives import objectives
 from fmfa.parameters import notebook_parameters, resolve_parameters
-from fmfa.plan import estimate, main
+from fmfa.plan import estimate, main, training_config
 from fmfa.study import expand_rows, parse_arguments, read_study, select_rows
 from fmfa.training.config import TrainConfig
+from fmfa.workflow import Watch
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -132,8 +141,91 @@ def test_real_data_are_asked_for_by_name(tmp_path):
 
 
 def test_an_unknown_scale_is_refused():
-    with pytest.raises(ConfigError, match=r"no scale 'quik' in study\.yml; known are quick"):
+    with pytest.raises(
+        ConfigError, match=r"no scale 'quik' in study\.yml; did you mean quick\? known are quick, tuning"
+    ):
         study(scale="quik")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"seeds": "two"}, "seeds: should be a valid integer.*'two'"),
+        ({"seeds": 0}, "seeds: should be greater than or equal to 1, found 0"),
+        ({"seeds": "-1"}, "seeds: should be greater than or equal to 1, found '-1'"),
+        ({"scal": "tiny"}, "^scal: unknown name"),
+        ({"datasets": "a;touch"}, "datasets.0: only letters, digits and .* make a name, found 'a;touch'"),
+        ({"folders": "X=/a b"}, r'ROOTS has \'X=/a b\'; expected "NAME=FOLDER" with NAME one of .*RSTPReid'),
+        (
+            {"scales": {"quick": {**DEFINITION["scales"]["quick"], "sede": 2}}},
+            "study.yml, scales.quick.sede: unknown name",
+        ),
+        (
+            {"scales": {"quick": {**DEFINITION["scales"]["quick"], "baseline": "ira"}}},
+            "no row 'ira'.*did you mean irra",
+        ),
+        ({"datasets": "../x"}, "datasets.0: only letters"),
+        ({"datasets": "{a}"}, "datasets.0: only letters"),
+        ({"rows": {"x": {}}}, r"study.yml, rows.x.method: missing"),
+        ({"rows": {"a/b": {"method": "clip"}}}, "study.yml, rows.a/b: only letters"),
+        ({"rows": {"x": {"method": "clip", "mask_rate": [1]}}}, "study.yml, rows.x: mask_rate must be text, a number"),
+        ({"rows": {"x": {"method": "clip", "root": "/"}}}, "study.yml, rows.x: root cannot be set here"),
+        ({"seconds": {**DEFINITION["seconds"], "irr": "slow"}}, "study.yml, seconds.irr: .*'slow'"),
+    ],
+)
+def test_what_is_not_of_its_form_is_one_sentence_that_names_the_place(words, told):
+    with pytest.raises(ConfigError, match=told) as error:
+        study(**words)
+    assert "\n" not in str(error.value)
+
+
+WORDS = st.sampled_from(
+    [None, True, 0, -1, 10**12, math.nan, "", "{", "{alpha}", "a/b", "../x", "\0", "é", [], [None], {}]
+)
+
+
+@st.composite
+def damaged_definitions(draw):
+    """study.yml with a value of any depth replaced, renamed or taken out, or with bytes changed."""
+    if draw(st.booleans()):
+        content = bytearray((ROOT / "study.yml").read_bytes())
+        for _ in range(draw(st.integers(1, 3))):
+            start = draw(st.integers(0, len(content) - 1))
+            content[start : start + draw(st.integers(0, 20))] = draw(
+                st.binary(max_size=4) | st.sampled_from([b"{", b": "])
+            )
+        return bytes(content)
+    content = node = copy.deepcopy(DEFINITION)
+    while True:
+        key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+        if not node[key] or not isinstance(node[key], dict | list) or draw(st.booleans()):
+            break
+        node = node[key]
+    change = draw(st.sampled_from(["value", "name", "none"]))
+    old = node.pop(key) if change != "value" or isinstance(node, dict) else node[key]
+    if change == "value":
+        node[key] = draw(WORDS)
+    elif change == "name" and isinstance(node, dict):
+        node[draw(st.sampled_from([None, 3, "", "a b", "x", "method", "{x}"]))] = old
+    return content
+
+
+@hypothesis.given(damaged_definitions())
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.example(b"rows: " + b"[" * 1000)
+@hypothesis.example(b"rows: {a: &a {method: clip, x: *a}}")
+@hypothesis.example(
+    DEFINITION | {"scales": DEFINITION["scales"] | {"quick": DEFINITION["scales"]["quick"] | {"test": {"scale": "x"}}}}
+)
+@hypothesis.example(DEFINITION | {"rows": {"a": {"method": "clip", "over": {"a": ["x/y"]}}}})
+def test_a_damaged_definition_is_a_config_error_or_none(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.yml"
+        path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
+        for scale in ("quick", "standard"):
+            with contextlib.suppress(ConfigError):
+                damaged = read_study(parse_arguments([f"scale={scale}"], path))
+                estimate(damaged, damaged.seconds, "cpu")
 
 
 # The estimate
@@ -186,8 +278,10 @@ def snakemake(folder, *words):
 
 @pytest.fixture
 def project(tmp_path):
-    """The workflow's files beside notebooks that only note that they ran."""
-    for name in ("Snakefile", "study.yml", "Makefile"):
+    """The workflow's files beside notebooks that only note that they ran, in a folder to which shells say much."""
+    tmp_path = tmp_path / "it's {a} $HOME & [b]; c"
+    tmp_path.mkdir()
+    for name in ("Snakefile", "study.yml", "Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     (tmp_path / "notebooks").mkdir()
@@ -220,6 +314,8 @@ while (folder.parents[2] / f"hold-{method}").exists():
 failing = (folder.parents[2] / f"fail-{method}").exists()
 (folder / "run.json").write_text(json.dumps({"status": "failed" if failing else "finished"}))
 assert not failing, "the disk is full"
+rows = "run,split,epoch,step,metric,value\\nr,train,1,9,loss/total,2.5\\nr,train,1,9,seconds,40\\nr,val,1,9,R@1,0.25\\n"
+(folder / "metrics.csv").write_text(rows)
 """
 COMPARE = """
 import pathlib
@@ -280,17 +376,32 @@ def test_a_comparison_is_given_the_evaluated_runs_of_the_other_data_sets(project
     done.touch()
     plan = snakemake(project, "--printshellcmds", "--config", *words, "chosen=irra", "seeds=1")
     assert plan.returncode == 0, plan.stdout + plan.stderr
-    given = re.findall(r"04_ablation.ipynb runs/paper/([\w-]+)/.* -p away (\S+)", plan.stdout)
-    assert dict(given) == {"ICFG-PEDES": f"'[\"{project}/runs/paper/RSTPReid\"]'", "RSTPReid": "'[]'"}
+    commands = [shlex.split(line) for line in plan.stdout.splitlines() if "notebooks/04_ablation.ipynb" in line]
+    away = {
+        Path(words[words.index("notebooks/04_ablation.ipynb") + 1]).parent.name: words[words.index("away") + 1]
+        for words in commands
+        if "away" in words
+    }
+    assert away == {"ICFG-PEDES": json.dumps([f"{project}/runs/paper/RSTPReid"]), "RSTPReid": "[]"}
 
 
 def make(folder, *words):
     # -o: the environment is taken as it is
     command = ["make", "-o", ".venv/.ready", f"BIN={Path(sys.executable).parent}", "SCALE=tiny", *words]
     return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, start_new_session=True, text=True,
+        command, cwd=folder, env=ENVIRONMENT | {"STUDY": str(folder)}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def living(folder):
+    """The processes that a `make` of this folder started and that are still there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("STUDY") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def status(folder, step):
@@ -325,6 +436,8 @@ def test_a_killed_study_keeps_what_is_finished_and_a_failed_run_stays_visible(pr
     assert (irra / "attempts").read_text() == "xx"
     assert status(irra, "train") == "failed"
     assert "the disk is full" in (irra / "train.ipynb").read_text()
+    assert re.search("irra-0/train: FAILED, AssertionError: the disk is full .see runs/tiny/irra-0/train.html", text)
+    assert "failed: irra-0/train; make study tries again" in text
     page = (project / "runs/tiny/report.html").read_text()
     assert f"The report: {project}/runs/tiny/report.html" in text
     assert "compared clip-0\n" in page
@@ -334,6 +447,12 @@ def test_a_killed_study_keeps_what_is_finished_and_a_failed_run_stays_visible(pr
     third = make(project, "study")
     text = third.communicate(timeout=900)[0]
     assert third.returncode == 0, text
+    lines = [re.sub(r"^\d\d:\d\d  |; about .* to go$", "", line) for line in text.splitlines()]
+    told = ["irra-0/train: started", "irra-0/train: epoch 1 of 1, loss 2.500, R@1 on validation 25.0 %"]
+    assert [line for line in lines if "irra-0/train" in line and "finished" not in line] == told
+    assert not any("clip-0" in line for line in lines)
+    assert sum("comparison: finished in" in line for line in lines) == 1
+    assert len(lines) < 40
     assert (clip / "attempts").read_text() == "x"
     assert (irra / "attempts").read_text() == "xxx"
     page = (project / "runs/tiny/report.html").read_text()
@@ -345,3 +464,159 @@ def test_a_killed_study_keeps_what_is_finished_and_a_failed_run_stays_visible(pr
 def test_command_line_words_override_the_definition():
     config = parse_arguments(["scale=tiny", "root_X=/a=b"], ROOT / "study.yml")
     assert (config["scale"], config["root_X"]) == ("tiny", "/a=b")
+
+
+def test_a_second_study_waits_for_the_first_and_an_ended_one_leaves_no_process(project):
+    irra = project / "runs/tiny/irra-0"
+    (project / "hold-irra").touch()
+    (project / "hold-clip").touch()
+    ends = {
+        "Ctrl-C": lambda process: os.killpg(process.pid, signal.SIGINT),
+        "SIGTERM": lambda process: process.terminate(),
+        "SIGKILL": lambda process: process.kill(),
+    }
+    for number, (name, end) in enumerate(ends.items(), start=1):
+        first = make(project, "study")
+        wait_for(
+            lambda number=number: (irra / "attempts").is_file() and (irra / "attempts").stat().st_size == number, first
+        )
+        if number == 1:
+            for what in ("study", "report"):
+                second = make(project, what)
+                text = second.communicate(timeout=120)[0]
+                assert second.returncode != 0
+                assert re.search(
+                    r"^error: another make study or make report is running: .* in use by process \d+", text
+                ), text
+            assert first.poll() is None
+            assert status(irra, "train") == "running"
+        end(first)
+        first.communicate(timeout=120)
+        _, left = psutil.wait_procs(living(project), timeout=20)
+        assert not left, name
+        assert status(irra, "train") == ("running" if name == "SIGKILL" else "interrupted")
+
+
+def test_what_is_given_reaches_the_steps_as_it_is_and_is_never_run(project):
+    touched = project / "touched"
+    folder = project / f"a b;touch {touched.name};$(touch {touched.name})`touch {touched.name}` 'c' \"d\" {{e}} $$HOME"
+    folder.mkdir()
+    definition = yaml.safe_load((project / "study.yml").read_text())
+    value = f"x;touch {touched.name} '$(touch {touched.name})' {{input}}"
+    definition["rows"]["clip"]["backbone"] = value
+    (project / "study.yml").write_text(yaml.safe_dump(definition))
+    words = (
+        "SCALE=paper",
+        "DATASETS=RSTPReid",
+        "ROWS=clip",
+        "SEEDS=1",
+        f"ROOTS=RSTPReid={folder}",
+        f"WEIGHTS={folder}",
+    )
+    process = make(project, "study", *words)
+    text = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, text
+    given = json.loads((project / "runs/paper/RSTPReid/clip-0/train.status.json").read_text())["given"]
+    assert (given["root"], given["weights"], given["backbone"]) == (str(folder), str(folder), value)
+    assert given["run"] == f"{project}/runs/paper/RSTPReid/clip-0"
+    process = make(project, "check", f"ROOT={folder}")
+    assert str(folder) in process.communicate(timeout=120)[0]
+    definition["scales"]["tiny"]["datasets"] = [f"x;touch {touched.name}"]
+    (project / "study.yml").write_text(yaml.safe_dump(definition))
+    assert "only letters" in snakemake(project, "--config", "scale=tiny").stdout
+    assert not touched.exists()
+    assert not list(project.rglob("touched"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["study", "SCALE=quik"], "error: no scale 'quik' in study.yml; did you mean quick?"),
+        (["plan", "SEEDS=two"], "error: seeds: should be a valid integer"),
+        (["check"], "Which data set? make check ROOT=/data/CUHK-PEDES"),
+        (["report"], "error: no run of runs/tiny is evaluated yet: make study SCALE=tiny"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(project, words, told):
+    process = make(project, *words)
+    first, *others = process.communicate(timeout=120)[0].splitlines()
+    assert process.returncode != 0
+    assert first.startswith(told)
+    assert [line.split(":")[0] for line in others] == ["make"]
+
+
+def test_the_time_that_is_left_is_told_after_every_epoch_and_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    now = [0.0]
+    monkeypatch.setattr("fmfa.workflow.time.monotonic", lambda: now[0])
+    expected = {"clip-0/train": 600.0, "irra-0/train": 600.0, "clip-0/evaluate": 60.0, "comparison": 60.0}
+    expected = {f"runs/standard/{name}": seconds for name, seconds in expected.items()}
+    watch = Watch("runs/standard", expected, {step: 5 for step in expected if "train" in step}, slots=2)
+    assert watch.left() == pytest.approx(1320 / 2)
+
+    def note(step, state, start=0, end=0, error=None):
+        path = Path(f"runs/standard/{step}.status.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        times = {
+            name: f"2026-01-01T{at // 3600:02}:{at // 60 % 60:02}:{at % 60:02}+00:00"
+            for name, at in (("started", start), ("finished", end))
+        }
+        path.write_text(json.dumps({"status": state, "error": error, **times}))
+
+    def lines():
+        watch.look()
+        return [line[7:] for line in capsys.readouterr().out.splitlines()]
+
+    assert lines() == []
+    note("clip-0/train", "running")
+    assert lines() == ["clip-0/train: started; about 11 minutes to go"]
+    seen = []
+    log = Path("runs/standard/clip-0/metrics.csv")
+    log.write_text("run,split,epoch,step,metric,value\nr,val,0,0,R@1,0.1\n")
+    for epoch in range(1, 6):
+        for _ in range(40):
+            now[0] += 10
+            seen += lines()
+        with log.open("a") as file:
+            file.write(f"r,train,{epoch},9,loss/total,{5 - epoch}\nr,train,{epoch},9,seconds,400\n")
+        seen += lines()
+        with log.open("a") as file:
+            file.write(f"r,val,{epoch},9,R@1,0.{epoch}\n")
+        seen += lines()
+    epochs = [line for line in seen if "epoch" in line]
+    assert epochs[1].startswith(
+        "clip-0/train: epoch 2 of 5, loss 3.000, R@1 on validation 20.0 %, 20 minutes left; about "
+    )
+    assert len(epochs) == 5
+    assert all(line.startswith("running: clip-0/train (") for line in seen if line not in epochs)
+    assert 15 < len(seen) - 5 <= 2000 / 60
+    note("clip-0/train", "finished", end=2000)
+    assert lines()[0].startswith("clip-0/train: finished in 33 minutes")
+    error = {"type": "TrainingError", "message": "the loss is\nnot finite"}
+    note("irra-0/train", "failed", start=2000, end=2010, error=error)
+    assert lines()[1].startswith(
+        "irra-0/train: FAILED, TrainingError: the loss is not finite (see runs/standard/irra-0/train.html)"
+    )
+    assert watch.failed == ["runs/standard/irra-0/train"]
+    pace = (120 + 2000) / (120 + 600)
+    assert watch.left() == pytest.approx(60 * pace)  # evaluation and comparison side by side
+
+
+def test_on_real_data_the_first_epoch_tells_how_long_it_will_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper = study(
+        **{"scale": "paper", "datasets": "RSTPReid", "root_RSTPReid": str(tmp_path), "chosen": "clip", "seeds": 2}
+    )
+    steps = [f"runs/paper/RSTPReid/clip-{seed}/train" for seed in (0, 1)]
+    epochs = {f"{run.folder}/train": training_config(run).epochs for run in paper.runs}
+    assert epochs == dict.fromkeys(steps, 60)  # the papers' epochs
+    watch = Watch("runs/paper", dict.fromkeys(steps, math.nan), epochs, slots=1)
+    assert math.isnan(watch.left())
+    folder = Path(steps[0]).parent
+    folder.mkdir(parents=True)
+    (folder / "train.status.json").write_text('{"status": "running", "started": "2026"}')
+    (folder / "metrics.csv").write_text(
+        "run,split,epoch,step,metric,value\nr,train,1,9,seconds,100\nr,val,1,9,R@1,0.3\n"
+    )
+    watch.look()
+    assert watch.left() == pytest.approx(59 * 100 + 60 * 100, abs=1)
