@@ -16,10 +16,9 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from fmfa.data.datasets import PROJECT
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, FmfaError
 from fmfa.models.objectives import objectives
-from fmfa.parameters import Parameter, notebook_parameters, resolve_parameters
+from fmfa.parameters import PROJECT, Parameter, notebook_parameters, resolve_parameters
 from fmfa.records import read_record
 from fmfa.simpedes import SCALES
 from fmfa.study import RUNS, SIMPEDES, Run, Study, is_finished, parse_arguments, read_study, spoken
@@ -83,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         study = read_study(parse_arguments(options.words))
         device, cores = compute_device(), psutil.cpu_count()
         table = estimate(study, study.seconds, device)
-    except ConfigError as error:
+    except FmfaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     others = {step: cost for step, cost in _other_steps(study, study.seconds).items() if not is_finished(step)}
@@ -108,7 +107,7 @@ def training_config(run: Run) -> TrainConfig:
         values = resolve_parameters(_declared(), run.parameters)
         known = {name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__}
         return TrainConfig(**known).resolved()
-    except ConfigError as error:
+    except FmfaError as error:
         raise ConfigError(f"row {run.row} of study.yml: {error}") from error
 
 
@@ -164,7 +163,7 @@ def _measured(runs: Path, device: str) -> dict[tuple, list[float]]:
             seconds = (pd.Timestamp(record["finished"]) - pd.Timestamp(record["started"])).total_seconds()
             if record["device"].startswith(device):
                 found.setdefault(_kind(config), []).append(seconds / (record["steps"] * config.batch_size))
-        except (KeyError, TypeError, ConfigError, ZeroDivisionError):
+        except (KeyError, TypeError, FmfaError, ZeroDivisionError):
             continue  # a record of another version of the package measures nothing here
     return found
 

@@ -245,8 +245,18 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     before, *parts = re.split(rf"(?:^|\s+)({known})=", folders)
     if before.strip():
         raise ConfigError(f'ROOTS has {before!r}; expected "NAME=FOLDER" with NAME one of {known.replace("|", ", ")}')
-    definition["roots"] |= dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
+    roots = definition["roots"] | dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
+    definition["roots"] = {_canonical(name): root for name, root in roots.items()}
+    definition["datasets"] = [_canonical(name) for name in definition["datasets"]]
     return definition
+
+
+def _canonical(name: str) -> str:
+    if name in ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station"):
+        return name
+    from fmfa.data.annotation_files import canonical_name  # takes seconds, in every job of a cluster
+
+    return canonical_name(name)
 
 
 def _told(error: ValidationError) -> str:

@@ -19,10 +19,9 @@ from typing import Any
 
 import psutil
 
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, FmfaError
 from fmfa.files import held_folder, said_plainly, write_json
 from fmfa.processes import end_with
-from fmfa.records import read_metrics
 from fmfa.study import Study, parse_arguments, read_study, spoken, step_record
 
 ASKED = "asked.json"  # the words of the command line
@@ -84,7 +83,7 @@ class Watch:
     def _left(self, step: str) -> float:
         since = time.monotonic() - self.running[step] if step in self.running else 0.0
         if done := self.epochs.get(step):
-            return max((self.count[step] - len(done)) * mean(done) - since, 0.0)
+            return max((self.count[step] - len(done)) * _mean_seconds(done) - since, 0.0)
         whole = self.expected[step] * self.took / self.should_take
         return max(whole - since, whole / 10)
 
@@ -96,12 +95,10 @@ class Watch:
         self.running[step] = time.monotonic()
         for other, count in self.count.items():
             if self.expected[other] != self.expected[other]:
-                self.expected[other] = count * mean(found)
-        table = read_metrics(Path(step).parent)
-        last = table[table["epoch"] == len(found)].set_index(["split", "metric"])["value"]
-        told = f"epoch {len(found)} of {self.count[step]}, loss {last.get(('train', 'loss/total'), float('nan')):.3f}"
-        if ("val", "R@1") in last.index:
-            told += f", R@1 on validation {100 * last['val', 'R@1']:.1f} %"
+                self.expected[other] = count * _mean_seconds(found)
+        told = f"epoch {len(found)} of {self.count[step]}, loss {found[-1].get('train/loss/total', float('nan')):.3f}"
+        if "val/R@1" in found[-1]:
+            told += f", R@1 on validation {100 * found[-1]['val/R@1']:.1f} %"
         if len(found) < self.count[step]:
             told += f", {spoken(self._left(step))} left"
         self._say(step, told)
@@ -152,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
             except ConfigError as error:
                 raise ConfigError(f"another make study or make report is running: {error}") from None
             return _run(options, study)
-    except ConfigError as error:
+    except FmfaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -220,15 +217,24 @@ def _snakemake(options: argparse.Namespace, log: Path, watch: Watch, *arguments:
     return process.returncode == 0
 
 
-def _epochs(step: str) -> list[float]:
-    """The seconds of a training's complete epochs, validation excluded."""
+def _epochs(step: str) -> list[dict[str, float]]:
+    """The metrics of a training's complete epochs, by "SPLIT/NAME"; one that is still to be validated is left out."""
+    from fmfa.records import read_metrics
+
     try:
         table = read_metrics(Path(step).parent)
     except ValueError:  # damaged; the training says so when it starts
         return []
-    done = table.loc[(table["split"] == "train") & (table["metric"] == "seconds"), "value"].tolist()
+    epochs: dict[int, dict[str, float]] = {}
+    for row in table[table["epoch"] > 0].itertuples():
+        epochs.setdefault(row.epoch, {})[f"{row.split}/{row.metric}"] = row.value
+    done = [values for values in epochs.values() if "train/seconds" in values]
     awaited = done and "val" in table["split"].to_numpy() and table["split"].iloc[-1] == "train"
     return done[:-1] if awaited else done
+
+
+def _mean_seconds(epochs: list[dict[str, float]]) -> float:
+    return mean(values["train/seconds"] for values in epochs)
 
 
 if __name__ == "__main__":
