@@ -270,12 +270,30 @@ def test_names_that_are_no_files_stay_names(tmp_path, monkeypatch, name):
     assert given("tiny_clip_config.json") == str(PROJECT / "data" / "tiny_clip_config.json")
 
 
+def test_what_is_evaluated_may_be_a_model_of_open_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, test, show = (
+        notebook_parameters(PROJECT / "notebooks" / f"{name}.ipynb")
+        for name in ("02_train", "03_evaluate", "05_visualise")
+    )
+    name = "ViT-B-16-quickgelu/openai"
+    assert convert_value(test["run"], name) == name
+    assert convert_value(show["runs"], [name]) == [name]
+    assert convert_value(train["run"], name) == str(tmp_path / name)  # to be made
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "irra.pth").touch()
+    (tmp_path / "mine").mkdir()
+    for path in ("runs/mine", "mine", "irra.pth"):
+        assert convert_value(test["run"], path) == str(tmp_path / path)
+        assert convert_value(show["runs"], [path]) == [str(tmp_path / path)]
+
+
 def test_every_parameter_that_may_be_a_path_starts_where_the_user_stands():
     declared = [
         p for path in sorted((PROJECT / "notebooks").glob("*.ipynb")) for p in notebook_parameters(path).values()
     ]
     paths = {p.name for p in declared if p.type in (str, list) and re.search(r"\b(folders?|files?)\b", p.help)}
-    assert paths <= {*FOLDERS, *FILES}
+    assert paths - {"position_grid"} <= {*FOLDERS, *FILES}  # which speaks of a file, and is none
 
 
 def test_a_failing_cell_keeps_the_notebook_and_says_so(write, tmp_path, capsys):
