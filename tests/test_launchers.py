@@ -19,6 +19,7 @@ from fmfa.errors import ConfigError, TrainingError
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes import generate, recipe
 from fmfa.systems import build_system, open_training_data
+from fmfa.systems.clip import TINY_WEIGHTS
 from fmfa.training.checkpoints import find_checkpoint
 from fmfa.training.config import METHODS, TrainConfig
 from fmfa.training.loop import TrainingLoop
@@ -104,8 +105,10 @@ def test_accelerate_launch_trains_as_one_process_and_prints_once(runs):
     start = build_system(config, open_training_data(config)).model.state_dict()
     assert_equal_training(runs / "accelerate", runs / "one" / "clip", start)
     assert read_record(runs / "accelerate")["processes"] == 2
-    shown = [line.split(":")[0] for line in lines.splitlines()]
-    assert shown == ["epoch 1/1", str(runs / "accelerate")]
+    shown = lines.splitlines()
+    assert shown[0].startswith(f"{config.weights or TINY_WEIGHTS} (")  # what the starting weights gave
+    assert [line.split(":")[0] for line in shown[-2:]] == ["epoch 1/1", str(runs / "accelerate")]
+    assert len(set(shown)) == len(shown)
 
 
 def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bytes(runs):

@@ -61,7 +61,7 @@ def test_of_rows_claims_and_data_sets(monkeypatch):
         figures.plot_domains(pd.DataFrame({"row": NAME, "tested on": NAME, "trained on": NAME, "R@1": 2.0} | interval))
     )
     claims = pd.DataFrame({"claim": NAME, "verdict": figures.VERDICTS[0], "R@1 difference": 2.0} | interval)
-    assert shows_name(figures.plot_claims(claims))
+    assert shows_name(figures.plot_claims(claims.assign(**{"low (Holm)": 0.5, "high (Holm)": 3.5})))
     point = {"curve": NAME, "value": 1.0, "estimate": 2.0, OWN: True, "further_low": np.nan, "further_high": np.nan}
     assert shows_name(figures.plot_sensitivity(pd.DataFrame(point | interval)))
     grid = pd.DataFrame({"grid": [NAME], "a": [1], "b": [2], "start": [1.0], "last": [2.0], "R@1": [3.0]})

@@ -162,7 +162,9 @@ def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
 @pytest.mark.parametrize(("name", "value"), [("split", "tst"), ("phrases", 0), ("queries", 21), ("results", "nowhere")])
 def test_parameters_out_of_range_are_refused(name, value):
     good = {"runs": [], "dataset": "SimPEDES-street", "root": "", "scale": "tiny", "data_seed": 0, "split": "test",
-            "phrases": 3, "positions": [], "queries": 1, "results": "", "device": "cpu", "seed": 0}  # fmt: skip
+            "phrases": 3, "positions": [], "queries": 1, "results": "", "device": "cpu", "seed": 0,
+            "vocabulary": "", "backbone": "", "image_height": 0, "image_width": 0, "stride": 0,
+            "position_grid": ""}  # fmt: skip
     VisualiseParameters(**good)
     with pytest.raises(ConfigError, match=str(value)):
         VisualiseParameters(**good | {name: value})
