@@ -178,12 +178,13 @@ def _absolute(parameter: Parameter, value: Any) -> Any:
     if parameter.name not in (*FOLDERS, *FILES) or not value or type(value) is not str:
         return value
     path = os.path.expanduser(value)
-    # A run to be trained is a folder that need not be there; one to be evaluated may be a model of open_clip instead.
-    if parameter.name in FILES or "open_clip" in parameter.help:
-        folder = os.path.isdir(path) and (os.sep in path or parameter.name in FOLDERS)
-        there = folder or os.path.isfile(path)
-        if not there or os.path.realpath(path) == str(PROJECT / path):
+    file, folder = os.path.isfile(path), os.path.isdir(path)
+    if parameter.name in FILES:
+        if not (file or (folder and os.sep in path)) or os.path.realpath(path) == str(PROJECT / path):
             return path
+    # A run to be trained is a folder that need not be there; one to be evaluated may be a model of open_clip instead.
+    elif "open_clip" in parameter.help and not (file or folder):
+        return path
     return os.path.abspath(path)
 
 

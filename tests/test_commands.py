@@ -91,7 +91,8 @@ def test_commands_in_the_notebooks_text_are_accepted(path, monkeypatch):
         for command in re.findall(r"((?:python -m fmfa|make study)[^`\"]*)[`\"]", cell.source):
             if command.startswith("make"):
                 words = dict(word.split("=") for word in shlex.split(command)[2:])
-                assert read_study(definition | {"scale": words["SCALE"], "chosen": words.get("ROWS")}).runs
+                chosen = {"chosen": words["ROWS"]} if "ROWS" in words else {}
+                assert read_study(definition | {"scale": words["SCALE"]} | chosen).runs
             elif "{" not in command:
                 notebook, _, given = given_in(shell_words(command, ROOT))
                 resolve_parameters(notebook_parameters(notebook), given)
