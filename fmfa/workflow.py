@@ -186,7 +186,8 @@ def _run(options: argparse.Namespace, study: Study) -> int:
     for folder, runs in study.results.items():
         print(f"\nR@1 on {runs[0].tested['dataset']} (percent, 95 % interval):")
         try:
-            print(seeds_table(folder).set_index("row").rename_axis(None)[["seeds", "R@1"]].to_string())
+            table = seeds_table(folder)
+            print("none" if table.empty else table.set_index("row").rename_axis(None)[["seeds", "R@1"]].to_string())
         except ValueError as error:
             print(f"none ({error})")
     print(f"\nThe report: {(Path(study.folder) / 'report.html').absolute()}")
