@@ -32,7 +32,7 @@ from fmfa.training.batches import TableBatches
 from fmfa.training.budget import training_flops
 from fmfa.training.config import TrainConfig
 
-METHODS = ("irra", "clip", "fmfa", "ivt")  # the first is what the others are held against
+METHODS = ("irra", "clip", "fmfa", "ivt")  # the others are compared with the first
 BATCH = 64
 FULL_SIZE = (384, 128)  # height and width in pixels
 

@@ -1,4 +1,4 @@
-"""Are words aligned with the right pixels? Maps of phrases, held against SimPEDES' true parts."""
+"""Are words aligned with the right pixels? Maps of phrases, compared with SimPEDES' true parts."""
 
 from fmfa.alignment.grounding import measure_grounding
 

@@ -1,4 +1,4 @@
-"""Training data spoilt on purpose: a study that does not see the damage cannot see an improvement either."""
+"""Training data corrupted on purpose: a study that does not see the damage cannot see an improvement either."""
 
 import numpy as np
 import pandas as pd
