@@ -1,4 +1,4 @@
-"""Which attribute confuses a model: errors on SimPEDES, held against what is true and what the captions tell."""
+"""Which attribute confuses a model: errors on SimPEDES, compared with what is true and what the captions tell."""
 
 from collections import Counter
 from pathlib import Path

@@ -211,7 +211,7 @@ def start_names(results: str | Path) -> dict[Path, str]:
 
 
 def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
-    """Levels to hold rows against, by name and metric: chance, zero-shot and the ceiling, as far as they are known."""
+    """Levels to compare rows with, by name and metric: chance, zero-shot and the ceiling, as far as they are known."""
     known: dict[str, dict[str, Level]] = {}
     ceiling: dict[str, Level] = {}
     names = start_names(results)
