@@ -41,8 +41,9 @@ def words(captions: pd.Series) -> pd.Series:
 
 def plot_counts(dataset: Dataset) -> Figure:
     """Show how many pictures an identity and how many captions a picture has, by split."""
-    images = dataset.table.groupby(["split", "identity"], observed=True)["image"].nunique().rename("images an identity")
-    captions = dataset.table.groupby(["split", "image"], observed=True).size().rename("captions an image")
+    table = dataset.table
+    images = table.groupby(["split", "identity"], observed=True)["image"].nunique().rename("images per identity")
+    captions = table.groupby(["split", "image"], observed=True).size().rename("captions per image")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, counts in zip(axes, (images, captions), strict=True):
         share = counts.groupby("split", observed=True).value_counts(normalize=True).mul(100).rename("share")
@@ -71,7 +72,7 @@ def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     for (name, mean, _), style in zip(PUBLISHED_CAPTIONS.itertuples(index=False), ("--", ":"), strict=True):
         axes[0].axvline(mean, color="black", linestyle=style, label=f"{name}, published mean {mean}")
     axes[0].axvline(lengths.mean(), color="C3", label=f"here, mean {lengths.mean():.1f}")
-    axes[0].set(xlabel="words a caption", ylabel=f"share of n = {len(lengths):,} captions (%)")
+    axes[0].set(xlabel="words per caption", ylabel=f"share of n = {len(lengths):,} captions (%)")
     axes[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes[1].plot(np.arange(1, len(growth) + 1), growth, color="C0")
     axes[1].set(xlabel="captions read", ylabel="different words", xscale="log")

@@ -124,7 +124,7 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
         ends = [right - 100 * rows["right_low"], 100 * rows["right_high"] - right]
         fewest, most = (int(n) for n in rows["pairs"].iloc[1:].agg(["min", "max"]))
         each = f"{fewest} to {most}" if fewest < most else most
-        label = f"{kind} changed, n = {int(rows['pairs'].iloc[0]):,} pairs, {each} an attribute"
+        label = f"{kind} changed, n = {int(rows['pairs'].iloc[0]):,} pairs, {each} per attribute"
         axis.errorbar(
             right, place, xerr=ends, fmt="os"[number], color=f"C{number}", capsize=2, markersize=4, label=label
         )

@@ -28,7 +28,7 @@ PUBLISHED = {
 """Identities, images, captions by split, as the owners publish them.
 
 CUHK-PEDES: Li et al., CVPR 2017. ICFG-PEDES: Ding et al., arXiv 2107.12666 (one caption an image). RSTPReid:
-Zhu et al., ACM MM 2021 (five images an identity, two captions an image); the older split follows likewise.
+Zhu et al., ACM MM 2021 (five images per identity, two captions per image); the older split follows likewise.
 """
 
 
