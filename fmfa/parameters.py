@@ -113,7 +113,7 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
     if kind is list and parameter.default:
         element = Parameter(f"{parameter.name}[]", type(parameter.default[0]), "", parameter.help)
         value = [convert_value(element, item) for item in value]
-    return _absolute(parameter, value)
+    return _absolute(parameter.name, value)
 
 
 def resolve_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,19 +172,16 @@ def check_parameters(
     return config_type(**values)
 
 
-def _absolute(parameter: Parameter, value: Any) -> Any:
+def _absolute(name: str, value: Any) -> Any:
     if type(value) is list:
-        return [_absolute(parameter, item) for item in value]
-    if parameter.name not in (*FOLDERS, *FILES) or not value or type(value) is not str:
+        return [_absolute(name, item) for item in value]
+    if name not in (*FOLDERS, *FILES) or not value or type(value) is not str:
         return value
     path = os.path.expanduser(value)
-    file, folder = os.path.isfile(path), os.path.isdir(path)
-    if parameter.name in FILES:
-        if not (file or (folder and os.sep in path)) or os.path.realpath(path) == str(PROJECT / path):
+    if name in FILES:
+        there = os.path.isfile(path) or (os.sep in path and os.path.isdir(path))
+        if not there or os.path.realpath(path) == str(PROJECT / path):
             return path
-    # A run to be trained is a folder that need not be there; one to be evaluated may be a model of open_clip instead.
-    elif "open_clip" in parameter.help and not (file or folder):
-        return path
     return os.path.abspath(path)
 
 

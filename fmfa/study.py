@@ -241,13 +241,18 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
         definition = _Definition.model_validate(config).model_dump()
     except ValidationError as error:
         raise ConfigError(_told(error)) from None
-    known = "|".join(map(re.escape, {*definition["roots"], *definition["datasets"]}))
-    before, *parts = re.split(rf"(?:^|\s+)({known})=", folders)
-    if before.strip():
-        raise ConfigError(f'ROOTS has {before!r}; expected "NAME=FOLDER" with NAME one of {known.replace("|", ", ")}')
-    roots = definition["roots"] | dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
-    definition["roots"] = {_canonical(name): root for name, root in roots.items()}
     definition["datasets"] = [_canonical(name) for name in definition["datasets"]]
+    roots = {_canonical(name): root for name, root in definition["roots"].items()}
+    known = {*roots, *definition["datasets"]}
+    found = [name for name in re.finditer(r"(?<!\S)([^\s=]+)=", folders) if _canonical(name[1]) in known]
+    ends = [*(name.start() for name in found), len(folders)]
+    if before := folders[: ends[0]].strip():
+        raise ConfigError(f'ROOTS has {before!r}; expected "NAME=FOLDER" with NAME one of {", ".join(sorted(known))}')
+    given = {_canonical(name[1]): folders[name.end() : end].strip() for name, end in zip(found, ends[1:])}
+    definition["roots"] = roots | given
+    for scale in definition["scales"].values():
+        for content in (scale, scale["cross"]):
+            content["datasets"] = [_canonical(name) for name in content["datasets"]]
     return definition
 
 

@@ -8,8 +8,9 @@ from fmfa.results.files import write_evaluation
 
 
 def evaluate(folder, tables, split="test", **record):
-    """Write tables, by name without ending, beside those that the run's evaluation has already."""
+    """Write tables, by name without ending, beside those that the run's evaluation has already; None takes one away."""
     path = folder / f"evaluation-{split}.json"
     known = json.loads(path.read_text()) if path.is_file() else {"metrics": []}
     kept = {name.removesuffix(".csv"): pd.read_csv(folder / name) for name in known.get("files", ())}
-    write_evaluation(folder, split, known | record, kept | tables)
+    tables = {name: table for name, table in (kept | tables).items() if table is not None}
+    write_evaluation(folder, split, known | record, tables)

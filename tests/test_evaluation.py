@@ -34,7 +34,10 @@ class WordTokenizer:
 
     def __call__(self, captions):
         rows = [[self.words.index(word) for word in caption.split()] for caption in captions]
-        return torch.tensor([row + [0] * (self.context_length - len(row)) for row in rows])
+        return torch.tensor([(row + [0] * self.context_length)[: self.context_length] for row in rows])
+
+    def length(self, caption):
+        return len(caption.split())
 
 
 class ColourModel(nn.Module):
@@ -220,6 +223,13 @@ def test_a_search_names_what_it_cannot_read_and_goes_on(split, tmp_path):
         (folder / name).unlink()
     with pytest.raises(ImageError, match=r"no pictures that can be read(?s:.*)cut\.jpg: "):
         search_folder(*tools)
+
+
+def test_a_sentence_that_is_cut_gets_a_warning(split, tmp_path):
+    tools = tmp_path, WordTokenizer(), TRANSFORM
+    with pytest.warns(UserWarning, match="the sentence needs 6 positions and the model reads 5: its end is not"):
+        found = search_folder(ColourModel(), "person person red person person blue", *tools)
+    assert found["image"].iloc[0].startswith("red/")
 
 
 def test_bad_input_is_named(split, tmp_path):

@@ -21,7 +21,7 @@ from fmfa.errors import ConfigError
 from fmfa.results import claims, readable, tables
 from fmfa.results.__main__ import main
 from fmfa.results.claims import read_claims
-from fmfa.results.files import read_queries, row_and_seed
+from fmfa.results.files import finished_evaluation, read_evaluation, read_queries, row_and_seed
 from fmfa.results.power import COMPONENTS
 from fmfa.results.rows import read_rows
 from fmfa.results.tables import published_gains
@@ -173,9 +173,7 @@ def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
 
 def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
     for path in results.glob("*/evaluation-test.json"):
-        record = json.loads(path.read_text())
-        record["files"].pop("queries-test-zero-shot.csv", None)
-        path.write_text(json.dumps(record))
+        evaluate(path.parent, {"queries-test-zero-shot": None})
     line = study.rows_paired_table(results, "irra").set_index("row").loc["zero-shot"]
     assert line["R@1"] == pytest.approx(100 * draw(0.3, 99).mean())
     assert np.isnan(line["low"])
@@ -279,6 +277,7 @@ def test_a_table_for_readers_has_no_computer_words():
     assert costs["value"].tolist() == ["0.79", "12.3", "912", "3457"]
     named = table.set_index(["run", "seed"])[["R@1"]]
     assert list(readable(named)) == ["run", "seed", "R@1"]
+    assert list(readable(table.assign(low=np.nan, p=None, note=""))) == [name for name in table if name != "p"]
     assert readable(pd.DataFrame()).empty
     assert list(readable(table.iloc[:0])) == list(table)
 
@@ -286,7 +285,7 @@ def test_a_table_for_readers_has_no_computer_words():
 @given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(), st.booleans()), max_size=5))
 def test_any_value_becomes_text_and_only_nothing_becomes_zero(values):
     for column in (pd.Series(values, dtype=object), pd.to_numeric(pd.Series(values, dtype=object), errors="coerce")):
-        text = readable(pd.DataFrame({"value": column}))["value"]
+        text = readable(pd.DataFrame({"value": column, "beside": "x"})).get("value", [""] * len(column))
         for value, cell in zip(column, text, strict=True):
             assert isinstance(cell, str)
             assert cell not in ("nan", "None", "<NA>", "NaN", "True", "-0.0") or value == cell
@@ -549,6 +548,20 @@ def test_an_evaluation_stopped_between_two_files_is_the_old_one_or_none(tmp_path
         run = study.run_results(again).iloc[0]
         found.append("did not finish" if "did not finish" in run["status"] else run["R@1"])
     assert found == [pytest.approx(100 * old), *3 * ["did not finish"], pytest.approx(100 * new)]
+
+
+def test_no_flipped_bit_in_the_record_of_an_evaluation_is_taken(tmp_path):
+    folder = write_run(tmp_path, "irra-0", draw(0.6, 0), start=draw(0.2, 9))
+    path, known = folder / "evaluation-test.json", read_evaluation(folder, "test")
+    whole, still_json = path.read_bytes(), 0
+    for place in range(0, 8 * len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            still_json += json.loads(damaged) != known
+        assert finished_evaluation(folder, "test") in ({}, known)
+    assert still_json > 100
 
 
 def test_a_file_that_no_evaluation_lists_is_not_read(tmp_path):

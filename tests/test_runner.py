@@ -270,24 +270,6 @@ def test_names_that_are_no_files_stay_names(tmp_path, monkeypatch, name):
     assert given("tiny_clip_config.json") == str(PROJECT / "data" / "tiny_clip_config.json")
 
 
-def test_what_is_evaluated_may_be_a_model_of_open_clip(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train, test, show = (
-        notebook_parameters(PROJECT / "notebooks" / f"{name}.ipynb")
-        for name in ("02_train", "03_evaluate", "05_visualise")
-    )
-    name = "ViT-B-16-quickgelu/openai"
-    assert convert_value(test["run"], name) == name
-    assert convert_value(show["runs"], [name]) == [name]
-    assert convert_value(train["run"], name) == str(tmp_path / name)  # to be made
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "irra.pth").touch()
-    (tmp_path / "mine").mkdir()
-    for path in ("runs/mine", "mine", "irra.pth"):
-        assert convert_value(test["run"], path) == str(tmp_path / path)
-        assert convert_value(show["runs"], [path]) == [str(tmp_path / path)]
-
-
 def test_every_parameter_that_may_be_a_path_starts_where_the_user_stands():
     declared = [
         p for path in sorted((PROJECT / "notebooks").glob("*.ipynb")) for p in notebook_parameters(path).values()

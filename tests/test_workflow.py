@@ -141,6 +141,25 @@ def test_real_data_are_asked_for_by_name(tmp_path):
     assert crossed == {("RSTPReid", "ICFG-PEDES"), ("ICFG-PEDES", "RSTPReid")}
 
 
+@pytest.mark.parametrize("folder", ["a b", "b c=d", "RSTPReid"])
+def test_data_sets_have_one_name_in_every_spelling(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / "rstp").mkdir()
+    folders = f"icfg_pedes={tmp_path / folder}  rstp={tmp_path / 'rstp'} "
+    asked = study(scale="paper", datasets="RSTP-Reid icfg rstpreid", folders=folders)
+    roots = {"RSTPReid": str(tmp_path / "rstp"), "ICFG-PEDES": str(tmp_path / folder)}
+    assert {run.data["dataset"]: run.data["root"] for run in (*asked.runs, *asked.cross)} == roots
+    assert set(asked.results) == {"runs/paper/RSTPReid", "runs/paper/ICFG-PEDES"}
+    assert asked == study(scale="paper", datasets="RSTPReid ICFG-PEDES", roots=DEFINITION["roots"] | roots)
+    paper = DEFINITION["scales"]["paper"] | {"datasets": ["rstp", "icfg"], "cross": {"datasets": ["ICFG"]}}
+    defined = study(scale="paper", scales={"paper": paper}, root_icfg=roots["ICFG-PEDES"], root_RSTP=roots["RSTPReid"])
+    assert {run.data["dataset"]: run.data["root"] for run in defined.runs} == roots
+    alone = study(scale="quick", datasets="simpedes_STREET")
+    assert {run.data["dataset"] for run in alone.runs} == {"SimPEDES-street"}
+    with pytest.raises(ConfigError, match="did you mean CUHK-PEDES"):
+        study(scale="paper", folders=f"CUKH-PEDES={tmp_path}")
+
+
 def test_an_unknown_scale_is_refused():
     with pytest.raises(
         ConfigError, match=r"no scale 'quik' in study\.yml; did you mean quick\? known are quick, tuning"

@@ -205,7 +205,7 @@ def search_folder(
     """The k pictures of a folder (and its subfolders) that fit a sentence best, best first.
 
     Hidden files and folders are not searched; links are followed. What cannot be read is left out, with a warning that
-    names each picture and the reason.
+    names each picture and the reason; a sentence of which the model reads only the beginning gets one too.
 
     Returns:
         Table with `image` (posix path relative to `folder`) and `similarity` (cosine).
@@ -227,6 +227,12 @@ def search_folder(
         raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
     if faults:
         warnings.warn(f"left out of the search, {len(faults):,} in all:\n{left_out}", stacklevel=2)
+    if (needed := tokenizer.length(sentence)) > tokenizer.context_length:
+        warnings.warn(
+            f"the sentence needs {needed} positions and the model reads {tokenizer.context_length}: its end is not "
+            "searched for; shorten it",
+            stacklevel=2,
+        )
     query = encode_captions(model, [sentence], tokenizer, progress=False)[0]
     similarity = _cosine(query, encoded)
     best = top_matches(similarity, k).numpy()

@@ -1,10 +1,11 @@
 """What an evaluated run leaves behind, and what the comparison reads of it.
 
-An evaluation is its tables (CSV) and `evaluation-SPLIT.json`, which is written last and lists them by checksum. What is
-not listed, or is not as listed, is not read: an evaluation counts once it has finished.
+An evaluation is its tables (CSV) and `evaluation-SPLIT.json`, which is written last, lists them by checksum and has one
+of its own. What is not listed, or is not as listed, is not read: an evaluation counts once it has finished.
 """
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from fmfa.simpedes import is_simpedes, read_dataset_record
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
-_EVALUATION, _QUERIES, _IDENTITIES = "evaluation", "queries", "identities"
+_EVALUATION, _QUERIES, _IDENTITIES, _CHECKSUM = "evaluation", "queries", "identities", "checksum"
 Level = tuple[float, float | None, float | None]  # value and interval in percent
 
 
@@ -82,13 +83,18 @@ def write_evaluation(
 
 
 def _list_files(folder: Path, split: str, record: Mapping, names: Iterable[str]) -> None:
-    listed = {name: _checksum(folder / name) for name in names}
-    write_json(folder / f"{_EVALUATION}-{split}.json", {**record, "files": listed})
+    content = {**record, "files": {name: _checksum(folder / name) for name in names}}
+    write_json(folder / f"{_EVALUATION}-{split}.json", content | {_CHECKSUM: _content_checksum(content)})
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_checksum(record: Mapping) -> str:
+    content = {name: value for name, value in record.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -104,7 +110,7 @@ def read_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
     """Read `evaluation-SPLIT.json` of a run; empty where the run was not evaluated.
 
     Raises:
-        ConfigError: the evaluation did not finish, or a file of it is missing or not as the record lists it.
+        ConfigError: the evaluation did not finish, or its record or a file that it lists was changed or is missing.
     """
     path = Path(folder) / f"{_EVALUATION}-{split}.json"
     if not path.is_file() and not path.with_name(f"{_QUERIES}-{split}.csv").is_file():
@@ -122,6 +128,8 @@ def _not_as_listed(path: Path, record: Mapping) -> str:
     listed = record.get("files")
     if not isinstance(listed, dict):
         return f"{path.name} is missing or does not list its files"
+    if record.get(_CHECKSUM) != _content_checksum(record):
+        return f"{path.name} is not as its checksum says"
     files = [(path.parent / name, checksum) for name, checksum in listed.items()]
     wrong = next((file.name for file, checksum in files if not file.is_file() or _checksum(file) != checksum), "")
     return wrong and f"{wrong} is missing or not as {path.name} lists it"

@@ -57,7 +57,8 @@ def readable(table: pd.DataFrame | pd.Series, digits: int = 0) -> pd.DataFrame:
 
     Missing values are empty cells, whole numbers have no decimal point, and nothing but 0 is shown as 0. All numbers of
     a column have one decimal if the largest is at least 1, such as percentages, and three if it is at least 0.01;
-    smaller ones have three digits, those in a column of mixed values six. An index without name or labels is left out.
+    smaller ones have three digits, those in a column of mixed values six. An index without name or labels and columns
+    of empty cells are left out.
 
     Args:
         table: a Series becomes a table of two columns.
@@ -67,6 +68,7 @@ def readable(table: pd.DataFrame | pd.Series, digits: int = 0) -> pd.DataFrame:
     if any(table.index.names) or not pd.api.types.is_integer_dtype(table.index):
         table = table.reset_index(names=[name or "" for name in table.index.names])
     text = table.apply(_as_text, digits=digits)
+    text = text.loc[:, (text != "").any()] if len(text) else text
     return text.set_axis([""] * len(text)).rename_axis(columns=None)
 
 
