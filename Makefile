@@ -35,7 +35,7 @@ report: $(READY)  ## the comparison, pictures and report of what is finished (ma
 	@$(RUN) fmfa.workflow report $(ASKED) --gpus "$$GPUS"
 
 plan: $(READY)  ## what make study would run, and for how long
-	@$(RUN) fmfa.plan $(ASKED)
+	@$(RUN) fmfa.study.plan $(ASKED)
 
 test: $(READY)  ## every test, the linter and the notebooks
 	@"$$BIN/python" -m ruff check
@@ -47,7 +47,7 @@ lab: $(READY)  ## JupyterLab in the same environment
 
 check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
 	@test -n "$$ROOT" || { echo "Which data set? make check ROOT=/data/CUHK-PEDES" >&2; exit 2; }
-	@$(RUN) fmfa.check -- "$$ROOT"
+	@$(RUN) fmfa.data.check -- "$$ROOT"
 
 weights: $(READY)  ## make the shipped weights anew (about an hour on two cores)
 	@$(RUN) fmfa.pretrain data/tiny_clip.safetensors

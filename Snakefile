@@ -1,5 +1,5 @@
 # The study as a workflow: data -> one training a run -> evaluation -> comparison and pictures -> report. Every step is
-# a notebook executed by the package's runner; fmfa.study reads study.yml. `make study` calls it, or a cluster does
+# a notebook executed by the package's runner; fmfa.study.definition reads study.yml. `make study` calls it, or a cluster does
 # (README). Trainings and evaluations never start again because a notebook was edited: delete the run's folder for that.
 # A step is done when its flag NAME.done lies beside NAME.ipynb, so that failed notebooks stay to be read and are retried.
 # Commands are lists of words, quoted once (`shlex.join`); Snakemake sets OMP_NUM_THREADS to a job's threads.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from fmfa.errors import ConfigError
-from fmfa.study import read_definition, read_study
+from fmfa.study.definition import read_definition, read_study
 
 try:
     STUDY = read_study(read_definition() | config)
@@ -31,7 +31,7 @@ def execution(notebook, step, **parameters):
     words = [f"notebooks/{notebook}.ipynb", f"{step}.ipynb"]
     for name, value in parameters.items():
         words += ["-p", name, json.dumps(value) if isinstance(value, list) else value]
-    return command("fmfa.runner", *words)
+    return command("fmfa.notebook", *words)
 
 
 def training_data(wildcards):

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import open_dataset
 from fmfa.devices import DEVICES, choose_device
-from fmfa.provenance import device_name
+from fmfa.evaluation.cost import training_flops
+from fmfa.records import device_name
 from fmfa.simpedes.generate import generate, pictures, recipe
-from fmfa.systems import NO_WEIGHTS, System, build_system
-from fmfa.systems.clip import FULL_BACKBONE
-from fmfa.systems.ivt import TINY_VOCABULARY, TINY_WEIGHTS
+from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, System, build_system
 from fmfa.training.batches import TableBatches
-from fmfa.training.budget import training_flops
 from fmfa.training.config import TrainConfig
 
 METHODS = ("irra", "clip", "fmfa", "ivt")  # the others are compared with the first
@@ -55,7 +53,7 @@ def first_batch(method: str, folder: str | Path = "") -> tuple[nn.Module, dict[s
     config = TrainConfig(method=method, batch_size=BATCH)
     if folder:
         config = _full_size(config, Path(folder))
-    elif method == "ivt" and not TINY_WEIGHTS.exists():
+    elif method == "ivt" and not TINY_IVT_WEIGHTS.exists():
         config = replace(config, weights=NO_WEIGHTS)  # no figure here depends on the weights' values
     config = config.resolved()
     dataset = open_dataset(config.dataset, config.root)

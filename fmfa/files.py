@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, folders that one process holds, and JSON read with one kind of error."""
+"""Files written whole or not at all, folders locked by one process, JSON read with one kind of error."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from fmfa.errors import ConfigError, FmfaError
 
 LOCK = ".lock"
+PROJECT = Path(__file__).parents[1]
 
 
 @contextmanager

@@ -13,18 +13,20 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fmfa.data.datasets import DATA
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, FmfaError
+from fmfa.evaluation.cost import training_budget
 from fmfa.files import read_json, said_plainly
-from fmfa.pretraining.loop import fit
+from fmfa.models.weights import save_checkpoint
+from fmfa.pretraining.loop import pretrain_model
 from fmfa.pretraining.methods import CONFIGS, METHODS, OWN, Method
 from fmfa.pretraining.pairs import pairs_to_see
-from fmfa.provenance import device_name, package_versions
-from fmfa.training.budget import training_budget
-from fmfa.weights.own import save_checkpoint
+from fmfa.records import device_name, package_versions
 
 SUFFIX = ".safetensors"
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
@@ -118,7 +120,7 @@ def pretrain(
     budget = _budget(parts, held_out)
     print(json.dumps(budget), flush=True)
     resume = out.with_suffix(".resume")
-    curve, seconds = fit(model, training, held_out, settings, resume)
+    curve, seconds = pretrain_model(model, training, held_out, settings, resume)
     record = {
         "what": f"{parts.name} pre-trained on {list or 'the identity-free stream of SimPEDES'}",
         "command": _command(out, given),
@@ -213,6 +215,37 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     print(json.dumps(record["curve"][-1]))
     return 0
+
+
+def pretraining_table(folder: str | Path = DATA) -> pd.DataFrame:
+    """What each pre-trained tiny model saw and cost, read from the records beside the weights.
+
+    Args:
+        folder: where the records `tiny_*.json` lie.
+
+    Returns:
+        One row a model: pairs seen, parameters (trained, and kept for retrieval), operations a pair and in all (forward
+        and backward, a multiplication and an addition as two), time, and R@1 in percent among 512 held-out pairs. A
+        budget that a record lacks is counted anew.
+    """
+    rows = {}
+    for path in sorted(Path(folder).glob("tiny_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "curve" not in record:
+            continue  # a configuration
+        method, end = record.get("settings", {}).get("method", "clip"), record["curve"][-1]
+        budget = record.get("budget") or pretraining_budget(method)
+        operations = budget["training_flops_a_pair"]
+        rows[path.stem] = {
+            "pairs seen": f"{end['pairs']:,}",
+            "trained parameters": f"{budget['parameters']:,}",
+            "kept for retrieval": f"{budget['retrieval_parameters']:,}",
+            "MFLOP a pair": f"{operations / 1e6:,.0f}",
+            "TFLOP in all": f"{operations * end['pairs'] / 1e12:,.0f}",
+            "minutes": f"{record['seconds'] / 60:.0f} on {record['device']}",
+            "held-out R@1 (%)": f"{100 * end['held_out_R@1']:.1f}",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("weights")
 
 
 if __name__ == "__main__":

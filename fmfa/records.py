@@ -1,20 +1,24 @@
-"""The run folder's records: what was run with which outcome, and its metrics."""
+"""A run folder's records: configuration, provenance, outcome and metrics."""
 
 import contextlib
 import csv
+import json
 import os
+import platform
 import socket
+import subprocess
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from fmfa.errors import ConfigError, TrainingError
 from fmfa.files import flush, read_json, said_plainly, whole_file, write_json
-from fmfa.provenance import git_state, package_versions
 
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
@@ -25,6 +29,10 @@ _FIELDS = {
     **dict.fromkeys(("finished", "error"), str | None),
     **{"resumed": list, "best": float | int | None},
 }
+PACKAGES = (
+    *("fmfa", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "tokenizers"),
+    *("accelerate", "safetensors", "numpy", "pandas", "pillow", "scipy", "statsmodels"),
+)
 
 
 @contextlib.contextmanager
@@ -150,3 +158,67 @@ def _written(path: Path) -> contextlib.AbstractContextManager[None]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Version of Python and of each package that can change a number; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def git_state(folder: str | Path | None = None) -> dict[str, str | bool | None]:
+    """Commit and dirty flag of the checkout that `folder` (the project's by default) is the root of.
+
+    Both are None outside a checkout, without git, or (commit) before the first commit. A notebook counts by the code in
+    it: Jupyter rewrites the rest of a file that is only looked at.
+    """
+    root = Path(folder) if folder else Path(__file__).resolve().parent.parent
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top.rstrip("\n")).resolve() != root.resolve():
+        return {"commit": None, "dirty": None}
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    status = _git(root, "status", "--porcelain", "-z", "--no-renames")
+    changed = [entry[3:] for entry in (status or "").split("\0") if entry]
+    return {
+        "commit": commit and commit.rstrip("\n"),
+        "dirty": None if status is None else not all(_same_code(root, path) for path in changed),
+    }
+
+
+def device_name(device: str | torch.device) -> str:
+    """The device in words: the GPU's name, or the processor with its number of cores."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _same_code(root: Path, path: str) -> bool:
+    """Whether a changed file is a notebook whose code cells are those of the last commit."""
+    if not path.endswith(".ipynb"):
+        return False
+    try:
+        now, before = (root / path).read_text(encoding="utf-8"), _git(root, "show", f"HEAD:{path}")
+        return before is not None and _code(now) == _code(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing, or no notebook
+        return False
+
+
+def _code(notebook: str) -> list[tuple[str, bool]]:
+    """Source of each code cell, and whether parameters are put behind it."""
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), "parameters" in cell["metadata"].get("tags", [])) for cell in cells]
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    settings = {"capture_output": True, "timeout": 30, "encoding": "utf-8", "errors": "surrogateescape"}
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *command], **settings)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout if result.returncode == 0 else None

@@ -24,11 +24,10 @@ from jinja2 import Environment
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from fmfa.arguments import in_project, notebook_command
 from fmfa.errors import ConfigError
 from fmfa.files import read_json, said_plainly, whole_file
+from fmfa.notebook import in_project, notebook_command, status_path
 from fmfa.records import read_record
-from fmfa.runner import status_path
 
 TAKEN, ANSWER = "report", "answer"
 _PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>

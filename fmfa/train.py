@@ -11,12 +11,11 @@ from dataclasses import fields
 
 from torch import distributed
 
-from fmfa.arguments import add_parameter_options, given_parameters, print_parameters
 from fmfa.errors import ConfigError, FmfaError
-from fmfa.parameters import Parameter, resolve_parameters
+from fmfa.notebook import Parameter, add_parameter_options, given_parameters, print_parameters, resolve_parameters
 from fmfa.systems import run_training
 from fmfa.training.config import TrainConfig
-from fmfa.training.processes import launched_processes, launched_rank
+from fmfa.training.fit import launched_processes, launched_rank
 
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 

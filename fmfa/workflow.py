@@ -22,7 +22,7 @@ import psutil
 from fmfa.errors import ConfigError, FmfaError
 from fmfa.files import held_folder, said_plainly, write_json
 from fmfa.processes import end_with
-from fmfa.study import Study, parse_arguments, read_study, spoken, step_record
+from fmfa.study.definition import Study, parse_arguments, read_study, spoken, step_record
 
 ASKED = "asked.json"  # the words of the command line
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
@@ -39,7 +39,7 @@ class Watch:
 
         Args:
             folder: of the study, left out of the names of its steps.
-            expected: seconds of every step, NaN where nothing tells; see `fmfa.plan.step_seconds`.
+            expected: seconds of every step, NaN where nothing tells; see `fmfa.study.plan.step_seconds`.
             count: epochs of every training, by its step.
             slots: steps that run side by side.
         """
@@ -159,9 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, study: Study) -> int:
     # These take seconds to import, and a mistake is told at once.
-    from fmfa.plan import compute_device, step_seconds, training_config
     from fmfa.report import write_report
-    from fmfa.results import seeds_table
+    from fmfa.study.levels import seeds_table
+    from fmfa.study.plan import compute_device, step_seconds, training_config
 
     if options.what == "report":
         study.only_finished()

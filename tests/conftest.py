@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fmfa.data.annotations import read_dataset
-from fmfa.simpedes import generate, recipe
+from fmfa.simpedes.generate import generate, recipe
 from fmfa.systems import load_system
 
 # never judged by the clock of a busy machine

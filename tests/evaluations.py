@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from fmfa.results.files import write_evaluation
+from fmfa.study.results import write_evaluation
 
 
 def evaluate(folder, tables, split="test", **record):

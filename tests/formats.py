@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -186,3 +188,13 @@ def _by_split(records: list[dict]) -> dict[str, list[dict]]:
         ]
         for split in SPLITS
     }
+
+
+def png_header(width, height):
+    """A PNG that stops after its header and a little data: what a decompression bomb looks like."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))

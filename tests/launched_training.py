@@ -6,8 +6,7 @@ from pathlib import Path
 
 from toy_training import toy_fit
 
-from fmfa.systems import run_training
-from fmfa.systems.ivt import TINY_BACKBONE, TINY_WEIGHTS
+from fmfa.systems import TINY_IVT_BACKBONE, TINY_IVT_WEIGHTS, run_training
 from fmfa.training.config import METHODS, TrainConfig
 
 STEPS = 2
@@ -20,13 +19,13 @@ def parameters(method, data):
     values |= {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "log_gradients_every": 1}
     values |= {"tensorboard": False, "learning_rate": 1e-5 if method == "fmfa" else 1e-3}
     if method == "ivt":
-        values |= {"backbone": str(Path(data).parent / BACKBONE), "weights": str(TINY_WEIGHTS)}
+        values |= {"backbone": str(Path(data).parent / BACKBONE), "weights": str(TINY_IVT_WEIGHTS)}
     return values
 
 
 def write_backbone(folder):
     """The tiny IVT without dropout and drop path, which each process draws for its own rows."""
-    sizes = json.loads(TINY_BACKBONE.read_text()) | {"drop_path": 0.0, "text_dropout": 0.0}
+    sizes = json.loads(TINY_IVT_BACKBONE.read_text()) | {"drop_path": 0.0, "text_dropout": 0.0}
     (folder / BACKBONE).write_text(json.dumps(sizes))
 
 

@@ -13,10 +13,9 @@ import nbformat
 import pytest
 import yaml
 
-from fmfa import arguments
-from fmfa.arguments import in_project, notebook_command
-from fmfa.parameters import notebook_parameters, resolve_parameters
-from fmfa.study import read_study
+from fmfa import notebook as arguments
+from fmfa.notebook import in_project, notebook_command, notebook_parameters, resolve_parameters
+from fmfa.study.definition import read_study
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -44,7 +43,7 @@ def shell_words(command, folder):
 
 def given_in(words):
     """Notebook, output and parameters of a command's words, as the runner reads them."""
-    assert words[:3] == ["python", "-m", "fmfa.runner"]
+    assert words[:3] == ["python", "-m", "fmfa.notebook"]
     pairs = words[5:]
     assert pairs[::3] == ["-p"] * (len(pairs) // 3)
     return words[3], words[4], dict(zip(pairs[1::3], pairs[2::3], strict=True))
@@ -117,7 +116,7 @@ def test_commands_that_are_printed_run(tmp_path):
 
     training = {"method": "clip", "scale": "tiny", "epochs": 1, "run": "runs/mine/clip-0"}
     pairs = " ".join(f"-p {name} {value}" for name, value in training.items())
-    paste(f"python -m fmfa.runner notebooks/02_train.ipynb runs/mine/clip-0/train.ipynb {pairs}")
+    paste(f"python -m fmfa.notebook notebooks/02_train.ipynb runs/mine/clip-0/train.ipynb {pairs}")
     cells = nbformat.read(project / "runs/mine/clip-0/train.ipynb", as_version=4).cells
     printed = "".join(o.text for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
     following = re.search(r"next, in the project's folder: (.*)", printed)[1]
@@ -125,7 +124,7 @@ def test_commands_that_are_printed_run(tmp_path):
     paste(following)
     assert (project / "runs/mine/clip-0/evaluation-test.json").is_file()
     compare = "notebooks/04_ablation.ipynb runs/mine/comparison.ipynb -p results runs/mine -p baseline clip"
-    paste(f"python -m fmfa.runner {compare}")
+    paste(f"python -m fmfa.notebook {compare}")
     paste("python -m fmfa.report runs/mine --shown clip-0")
     page = (project / "runs/mine/report.html").read_text()
     commands = [html.unescape(text) for text in re.findall(r'class="command"><code>(.*?)</code>', page)]

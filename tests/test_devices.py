@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 import torch
 
-from fmfa.alignment import measure_grounding
-from fmfa.alignment.counterfactual import measure_counterfactual
+from fmfa.analysis.counterfactual import measure_counterfactual
+from fmfa.analysis.grounding import measure_grounding
 from fmfa.benchmark import first_batch, step
 from fmfa.devices import choose_device, repeatable
 from fmfa.errors import ConfigError
 from fmfa.records import read_metrics
+from fmfa.systems import TINY_IVT_WEIGHTS as TINY_IVT
 from fmfa.systems import build_system, load_start, load_system, run_training
-from fmfa.systems.ivt import TINY_WEIGHTS as TINY_IVT
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
 
@@ -33,7 +33,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
 def test_what_is_reopened_goes_to_the_device_that_is_asked_for(tiny, tmp_path, monkeypatch):
     config = TrainConfig(method="clip", root=str(tiny.images.parent), epochs=1, batch_size=96, device="cpu")
     run = run_training(config, tmp_path / "clip-0")
-    monkeypatch.setattr("fmfa.systems.choose_device", lambda name: torch.device({"auto": "meta"}.get(name, name)))
+    monkeypatch.setattr("fmfa.devices.choose_device", lambda name: torch.device({"auto": "meta"}.get(name, name)))
     for name, expected in (("cpu", "cpu"), ("auto", "meta")):
         for system in (load_system(run, name), load_start(run, tiny, name)):
             assert {p.device.type for p in system.model.parameters()} == {expected}

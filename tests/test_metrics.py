@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmfa import metrics
 from fmfa.errors import ConfigError
-from fmfa.evaluation import metrics
-from fmfa.evaluation.chance import chance_metrics
-from fmfa.evaluation.metrics import feature_metrics, rank_metrics
+from fmfa.metrics import chance_metrics, feature_metrics, rank_metrics
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from formats import write_cuhk, write_icfg, write_rstp
 
-from fmfa.runner import run_notebook
-from fmfa.simpedes import generate, recipe
+from fmfa.notebook import run_notebook
+from fmfa.simpedes.generate import generate, recipe
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "notebooks" / "01_data.ipynb"

@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fmfa.errors import ConfigError
-from fmfa.parameters import read_parameters
+from fmfa.notebook import read_parameters
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MAX_CODE_LINES = 80

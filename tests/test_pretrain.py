@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 
 from fmfa import pretrain as command
 from fmfa.errors import ConfigError
+from fmfa.evaluation.cost import training_budget, training_flops
 from fmfa.models.clip import ClipRetriever
-from fmfa.models.interfaces import ModelOutput
 from fmfa.models.ivt import IvtRetriever
+from fmfa.models.outputs import ModelOutput
+from fmfa.models.weights import read_checkpoint
 from fmfa.pretrain import pretrain, pretraining_budget
 from fmfa.pretraining import loop, pairs
 from fmfa.pretraining.loop import warmup_cosine_rate
 from fmfa.pretraining.methods import DATA, METHODS, WORDPIECE, ClipPixels
-from fmfa.simpedes.stream import web_pair
-from fmfa.text.tokens import SMALL_VOCABULARY, small_tokenizer, train_small_vocabulary
-from fmfa.text.wordpiece import train_wordpiece_vocabulary, wordpiece_tokenizer
-from fmfa.training.budget import training_budget, training_flops
-from fmfa.weights.own import read_checkpoint
+from fmfa.pretraining.stream import web_pair
+from fmfa.pretraining.vocabulary import train_small_vocabulary, train_wordpiece_vocabulary
+from fmfa.text.bytepair import SMALL_VOCABULARY, small_tokenizer
+from fmfa.text.wordpiece import wordpiece_tokenizer
 
 MODELS = {"clip": ClipRetriever, "ivt": IvtRetriever}
 SOURCES = [(method, source) for method in METHODS for source in ("stream", "list")]

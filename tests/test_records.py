@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmfa.data.annotations import Dataset
+from fmfa.data.annotations import Dataset, data_fingerprint
 from fmfa.errors import TrainingError
 from fmfa.files import write_json
-from fmfa.provenance import data_fingerprint, device_name, git_state, package_versions
-from fmfa.records import MetricsLog, read_metrics, read_record, run_record
+from fmfa.records import MetricsLog, device_name, git_state, package_versions, read_metrics, read_record, run_record
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -9,21 +9,26 @@ import numpy as np
 import pytest
 import torch
 from formats import write_cuhk, write_icfg
-from test_ivt_weights import NARROW, UNUSED, bert_state, released_state, vit_state
 from torchvision.transforms import InterpolationMode
+from toy_ivt import NARROW, UNUSED, bert_state, released_state, vit_state
 
-from fmfa import plots_retrieval
-from fmfa import results as study
 from fmfa.data.datasets import open_dataset, with_phrase_spans
-from fmfa.data.transforms import CLIP_MEAN
+from fmfa.data.images import CLIP_MEAN
 from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
 from fmfa.files import write_json
 from fmfa.models.clip import ClipRetriever
-from fmfa.models.ivt import IvtRetriever
-from fmfa.models.ivt_network import IvtConfig
+from fmfa.models.ivt import IvtConfig, IvtRetriever
+from fmfa.models.weights import load_retriever, save_checkpoint
+from fmfa.plots import retrieval as plots_retrieval
+from fmfa.pretrain import pretraining_table
 from fmfa.records import read_metrics, read_record
-from fmfa.simpedes import generate, read_truth, recipe
+from fmfa.simpedes.generate import generate, recipe
+from fmfa.simpedes.truth import read_truth
+from fmfa.study.results import save_evaluation
+from fmfa.study.selection import epochs_table, score_epochs
 from fmfa.systems import (
+    TINY_BACKBONE,
+    TINY_VOCABULARY,
     build_system,
     load_start,
     load_system,
@@ -32,14 +37,10 @@ from fmfa.systems import (
     open_training_data,
     run_training,
 )
-from fmfa.systems.budgets import pretraining_table
-from fmfa.systems.clip import TINY_BACKBONE
-from fmfa.systems.ivt import TINY_VOCABULARY
 from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.batches import TableBatches, describe_levels
 from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints, selected_checkpoint
 from fmfa.training.config import TrainConfig
-from fmfa.weights.own import load_retriever, save_checkpoint
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 8, "vocab_size": 667, "positions": 64}
 
@@ -116,7 +117,7 @@ def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_pa
     def opens(name, root, *, scale, seed, **others):
         opened.append((name, root, scale, seed))
 
-    monkeypatch.setattr("fmfa.systems.open_dataset", opens)
+    monkeypatch.setattr("fmfa.data.datasets.open_dataset", opens)
     run = run_of(tmp_path / "run", dataset="SimPEDES-station", scale="tiny", data_seed=3)
     for named in ({}, {"scale": "standard"}, {"dataset": "simpedes_street"}, {"root": "/r"}):
         open_test_data([run], **named)
@@ -238,16 +239,16 @@ def test_a_damaged_run_is_not_opened(root, backbone, tmp_path):
 def test_epochs_kept_are_scored_on_the_split_that_is_asked_for(root, backbone, tmp_path):
     data = open_dataset("SimPEDES-street", root)
     run = run_training(ivt(root, backbone, epochs=3, learning_rate=0.05, keep_epochs=True), tmp_path / "kept")
-    table = study.score_epochs(run, data, "test")
+    table = score_epochs(run, data, "test")
     assert list(table) == ["identity", "queries", "1", "2", "3"]
     assert table["queries"].sum() == len(data.split("test"))
     best = read_record(run)["best_epoch"]
     hits = load_system(run).evaluate(data, "test", progress=False).per_query().groupby("identity")["first_rank"]
     assert table.set_index("identity")[str(best)].to_dict() == hits.apply(lambda ranks: (ranks == 1).sum()).to_dict()
-    study.save_evaluation(load_system(run).evaluate(data, "test"), data, "test", run, tables={"epochs": table})
-    assert study.epochs_table(tmp_path)["row"].tolist() == ["kept"]
+    save_evaluation(load_system(run).evaluate(data, "test"), data, "test", run, tables={"epochs": table})
+    assert epochs_table(tmp_path)["row"].tolist() == ["kept"]
     shutil.rmtree(epoch_checkpoints(run)[2])
-    assert study.score_epochs(run, data, "test").empty  # the best of the epochs that are left is not the best of all
+    assert score_epochs(run, data, "test").empty  # the best of the epochs that are left is not the best of all
 
 
 def test_levels_reach_the_batches(root, backbone):
@@ -497,7 +498,7 @@ def test_weights_that_open_clip_knows_are_named_with_their_model(monkeypatch):
     def offline(*_, **__):
         raise OSError("network unreachable")
 
-    monkeypatch.setattr("fmfa.weights.loading.download_pretrained", offline)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
     with pytest.raises(CheckpointError, match=r"'openai' of 'ViT-B-32-quickgelu' cannot be fetched.*unreachable"):
         load_system("/home/me/ViT-B-32-quickgelu/openai", dataset="CUHK-PEDES")  # as a notebook takes it
     for name in ("ViT-B-1666/openai", "runs/nothing", "irra.pth"):
@@ -561,7 +562,7 @@ def test_the_pretraining_table_reads_the_records(tmp_path, monkeypatch):
     (tmp_path / "tiny_a.json").write_text(json.dumps({key: full[key] for key in full if key != "budget"}))
     (tmp_path / "tiny_a_config.json").write_text(json.dumps({"width": 8}))
     counted = {"clip": {"parameters": 790, "retrieval_parameters": 790, "training_flops_a_pair": 170_000_000}}
-    monkeypatch.setattr("fmfa.systems.budgets.pretraining_budget", counted.get)
+    monkeypatch.setattr("fmfa.pretrain.pretraining_budget", counted.get)
     table = pretraining_table(tmp_path)
     assert list(table.index) == ["tiny_a", "tiny_b"]
     assert list(table.loc["tiny_b"]) == ["2,000,000", "1,500", "1,200", "450", "900", "2 on cpu", "12.3"]

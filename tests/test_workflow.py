@@ -26,9 +26,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fmfa.errors import ConfigError
 from fmfa.models.objectives import objectives
-from fmfa.parameters import notebook_parameters, resolve_parameters
-from fmfa.plan import estimate, main, training_config
-from fmfa.study import expand_rows, parse_arguments, read_study, select_rows
+from fmfa.notebook import notebook_parameters, resolve_parameters
+from fmfa.study.definition import expand_rows, parse_arguments, read_study, select_rows
+from fmfa.study.plan import estimate, main, training_config
 from fmfa.training.config import TrainConfig
 from fmfa.workflow import Watch
 

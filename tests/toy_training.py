@@ -12,15 +12,16 @@ from PIL import Image
 from torch import nn
 
 from fmfa.data.annotations import Dataset
-from fmfa.models.clip import ClipRetriever, objectives
+from fmfa.models.clip import ClipRetriever
 from fmfa.models.distributed import gather
-from fmfa.models.interfaces import ModelOutput
-from fmfa.models.ivt import IvtRetriever
-from fmfa.models.ivt_network import IvtConfig
-from fmfa.text.tokens import small_tokenizer
-from fmfa.text.wordpiece import train_wordpiece_vocabulary, wordpiece_tokenizer
-from fmfa.training import fit, train
+from fmfa.models.ivt import IvtConfig, IvtRetriever
+from fmfa.models.objectives import objectives
+from fmfa.models.outputs import ModelOutput
+from fmfa.pretraining.vocabulary import train_wordpiece_vocabulary
+from fmfa.text.bytepair import small_tokenizer
+from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.config import TrainConfig
+from fmfa.training.fit import fit, train
 
 ROWS, WIDTH = 24, 6
 

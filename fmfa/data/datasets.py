@@ -1,15 +1,15 @@
 """Open a data set by name: SimPEDES, made on first use, or a copy of a real one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from fmfa.data.annotation_files import SIMPEDES, canonical_name, find_annotation
-from fmfa.data.annotations import Dataset, read_dataset
+from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name, find_annotation, read_dataset
 from fmfa.errors import AnnotationError, ConfigError
-from fmfa.parameters import PROJECT
-from fmfa.simpedes import DOMAINS, SCALES, generate, is_simpedes, read_truth, recipe
+from fmfa.files import PROJECT
+from fmfa.simpedes.generate import DOMAINS, generate, recipe
+from fmfa.simpedes.truth import is_simpedes, read_truth
 
 DATA = PROJECT / "data"
 
@@ -104,22 +104,3 @@ def with_phrase_spans(dataset: Dataset, split: str = "train") -> Dataset:
         )
     spans = pd.Series([known.get(key) if wanted else None for key, wanted in zip(keys, chosen)], table.index, object)
     return replace(dataset, table=table.assign(spans=spans))
-
-
-@dataclass(frozen=True)
-class DataParameters:
-    """Parameters of `notebooks/01_data.ipynb`, checked."""
-
-    dataset: str
-    root: str
-    scale: str
-    seed: int
-    drop_empty_captions: bool
-    decode: bool
-
-    def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        if self.scale not in SCALES:
-            raise ConfigError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more")

@@ -17,20 +17,19 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import horizontal_flip
 
-from fmfa.data.images import resolve_image
-from fmfa.data.masking import mask_tokens
+from fmfa.data.images import ImageTransform, resolve_image
 from fmfa.data.part_maps import PartMaps, spoken_parts
 from fmfa.data.sampling import EpochBatches
-from fmfa.data.transforms import ImageTransform
 from fmfa.errors import ConfigError
-from fmfa.text.sides import swap_sides
-from fmfa.text.tokens import Tokenizer
+from fmfa.text.bytepair import Tokenizer
+from fmfa.text.levels import swap_sides
 
 CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory unless told otherwise
 PADDED_WITH = {"masked_labels": 0, "token_parts": -1}  # and ids with the tokenizer's own padding
-
 Flip = Literal["mirror", "swap", "off"]
 Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
+OF_THE_PICTURE = ("image", "identity", "label", "split", "record", "held_out")
+KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens; the rest become the mask token
 
 
 class PairDataset(Dataset):
@@ -236,3 +235,63 @@ def start_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
     """Make the next pass over a loader of `make_loader` that of `epoch`, from `first_batch` on."""
     loader.dataset.set_epoch(epoch)
     loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def shuffle_pairs(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Give every picture's captions to pictures of other people, by one random permutation.
+
+    What belongs to a caption (its tokens, phrases and attributes) moves with it; pictures keep their identity. A model
+    trained on these pairs can learn nothing that holds, and must end no better than it started.
+
+    Args:
+        table: one row a caption, as `Dataset.split` gives it.
+        seed: of the permutation.
+
+    Raises:
+        ConfigError: more than half of the captions belong to one identity.
+    """
+    identity = table["identity"].to_numpy()
+    most = int(table["identity"].value_counts().max())
+    if 2 * most > len(table):
+        raise ConfigError(
+            f"{most} of {len(table)} training captions belong to one identity; shuffled pairs need pictures of other "
+            "people for all of them: train on more identities"
+        )
+    generator = np.random.default_rng(seed)
+    source = generator.permutation(len(table))
+    for row in np.flatnonzero(identity[source] == identity):
+        if identity[source[row]] == identity[row]:
+            fits = (identity[source] != identity[row]) & (identity != identity[source[row]])
+            other = generator.choice(np.flatnonzero(fits))
+            source[[row, other]] = source[[other, row]]
+    moved = [column for column in table if column not in OF_THE_PICTURE]
+    return table.assign(**{column: table[column].to_numpy()[source] for column in moved})
+
+
+def mask_tokens(
+    ids: Tensor, tokenizer: Tokenizer, generator: torch.Generator, probability: float = 0.15
+) -> tuple[Tensor, Tensor]:
+    """Mask caption tokens for implicit relation reasoning (IRRA, Jiang and Ye 2023; FMFA).
+
+    Each ordinary token is chosen with `probability`. Of the chosen ones 80 % become the mask, 10 % a
+    random ordinary token, 10 % stay. Where none was chosen, position 1 is, unless it holds no ordinary
+    token (the end of an empty caption). Start, end and padding are never chosen, nor is the token with
+    id 0 (CLIP's "!"), which the labels could not tell from "not masked".
+
+    Args:
+        ids: int64 [..., L], rows of a byte-pair tokenizer; not changed.
+        tokenizer: whose ids they are; ordinary ids are [1, mask_id).
+        generator: the only source of the draws.
+        probability: share of ordinary tokens chosen.
+
+    Returns:
+        The masked ids, and the labels: the original id where a token was chosen, else 0. Both as `ids`.
+    """
+    ordinary = (ids > 0) & (ids < tokenizer.mask_id)
+    chosen = ordinary & (torch.rand(ids.shape, generator=generator) < probability)
+    chosen[..., 1] |= ordinary[..., 1] & ~chosen.any(-1)
+    fate = torch.rand(ids.shape, generator=generator)
+    random = torch.randint(1, tokenizer.mask_id, ids.shape, generator=generator)
+    replacement = torch.where(fate < RANDOM, random, tokenizer.mask_id)
+    replaced = chosen & (fate < 1 - KEPT)
+    return torch.where(replaced, replacement, ids), torch.where(chosen, ids, 0)

@@ -10,11 +10,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from fmfa.errors import AnnotationError, ConfigError
-from fmfa.simpedes import is_simpedes, read_parts, read_truth
 from fmfa.simpedes.canvas import PARTS
-from fmfa.text.cleaning import Span
-from fmfa.text.sides import swap_sides, swapped_span
-from fmfa.text.tokens import Tokenizer
+from fmfa.simpedes.truth import is_simpedes, read_parts, read_truth
+from fmfa.text.bytepair import Span, Tokenizer
+from fmfa.text.levels import swap_sides, swapped_span
 
 
 class PartMaps:

@@ -1,8 +1,8 @@
-"""What retrieval costs with a model: parameters, time a picture and a caption, memory, time to rank."""
+"""What a model costs: parameters, operations of a training, time per picture and caption, memory, time to rank."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from fmfa.data.images import resolve_image
-from fmfa.data.transforms import ImageTransform
-from fmfa.evaluation import gallery_of, top_matches
-from fmfa.evaluation.encoding import encode_captions, encode_images
-from fmfa.provenance import device_name
-from fmfa.text.tokens import Tokenizer
+from fmfa.data.images import ImageTransform, resolve_image
+from fmfa.evaluation.evaluate import encode_captions, encode_images, gallery_of, top_matches
+from fmfa.records import device_name
+from fmfa.text.bytepair import Tokenizer
 
 TRAINING_HEADS = ("irr", "classifier")
 SAMPLING_SECONDS = 0.002
@@ -53,7 +53,7 @@ def inference_cost(
         One row a quantity: `quantity`, `value`, `unit`, `setting` (device, threads, sizes).
 
     Raises:
-        AnnotationError, ImageError: see `fmfa.evaluation.evaluate`.
+        AnnotationError, ImageError: see `fmfa.evaluation.evaluate.evaluate`.
     """
     gallery = gallery_of(rows)
     device = next(model.parameters()).device
@@ -128,3 +128,36 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
     finally:
         over.set()
         watcher.join()
+
+
+def training_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Floating-point operations a pair of one forward and backward pass on a batch.
+
+    Matrix products and convolutions are counted, a multiplication and an addition as two. For every model whose forward
+    takes a batch. Gradients are cleared; the default generators are left as they were, the model's own are not.
+    """
+    # The plain attention consists of matrix products, which the counter knows on every device.
+    with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(model(batch).losses.values()).backward()
+    model.zero_grad(set_to_none=True)
+    return round(counter.get_total_flops() / len(batch["images"]))
+
+
+def training_budget(model: nn.Module, batch: Mapping[str, Tensor], kept: str = "") -> dict[str, int]:
+    """What training a model costs.
+
+    Args:
+        model: any model of the interface, in training mode.
+        batch: what operations are counted on.
+        kept: beginning of the names of the parameters that retrieval needs; empty is all.
+
+    Returns:
+        `parameters` (that are trained), `retrieval_parameters` (of these, kept after training) and
+        `training_flops_a_pair`.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "parameters": sum(sizes.values()),
+        "retrieval_parameters": sum(size for name, size in sizes.items() if name.startswith(kept)),
+        "training_flops_a_pair": training_flops(model, batch),
+    }

@@ -71,7 +71,7 @@ def _mean_squares(values: np.ndarray, position: np.ndarray, counts: np.ndarray, 
 
 
 def power(difference: float, components: Components, seeds: int, identities: float, queries: float) -> float:
-    """Return the probability that `fmfa.evaluation.rows.compare_rows` finds a true difference at 5 %.
+    """Return the probability that `fmfa.evaluation.statistics.compare_rows` finds a true difference at 5 %.
 
     The test adds Student's t over seeds and a normal error over identities. Its critical value is taken after Cochran
     and Cox (1957): the mean of the two quantiles, weighted by the two squared errors; and the power is averaged over

@@ -1,24 +1,127 @@
-"""The two-stream model: a CLIP that returns every token, with the losses of CLIP, IRRA and FMFA."""
+"""The two-stream model: a CLIP that returns every token, its heads, and the losses of CLIP, IRRA and FMFA."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from open_clip.transformer import LayerNorm, QuickGELU, Transformer, text_global_pool
+from torch import Tensor, nn
 
-from fmfa import losses
 from fmfa.errors import ConfigError
+from fmfa.losses import matching as losses
 from fmfa.losses.efa import efa, group_patches
 from fmfa.losses.grounding import grounding_hits, grounding_loss, phrase_targets, token_patch_cosine
 from fmfa.models.backbone import backbone_config, build_clip
 from fmfa.models.distributed import gather, largest, total, world_size
-from fmfa.models.heads import CrossModalHead, identity_classifier
-from fmfa.models.interfaces import Encoded, ModelOutput
-from fmfa.models.objectives import Objectives, objectives
-from fmfa.models.token_encoder import TokenEncoder
+from fmfa.models.objectives import Objectives
+from fmfa.models.outputs import Encoded, ModelOutput
 
-__all__ = ["ClipRetriever", "Objectives", "objectives"]
+
+class TokenEncoder(nn.Module):
+    """The encoding half of `fmfa.models.clip.ClipRetriever`, which builds its towers.
+
+    Attributes:
+        clip: open_clip's model.
+    """
+
+    clip: nn.Module
+
+    def encode_image(self, images: Tensor) -> Encoded:
+        """Encode images, float [B, 3, H, W] normalised.
+
+        Returns:
+            tokens [B, 1+N, D] (final LayerNorm and projection at every position), embedding [B, D].
+
+        Raises:
+            ConfigError: images of another size than the model's.
+        """
+        visual = self.clip.visual
+        if tuple(images.shape[-2:]) != tuple(visual.image_size):
+            raise ConfigError(
+                f"images of {tuple(images.shape[-2:])} pixels (height, width); the model was built for "
+                f"{tuple(visual.image_size)}: resize the images or build the model for their size"
+            )
+        output = visual.forward_intermediates(
+            images.to(visual.conv1.weight.dtype),
+            indices=1,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        hidden = torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
+        tokens = visual.ln_post(hidden) @ visual.proj.to(hidden.dtype)  # [B, 1+N, width] -> [B, 1+N, D]
+        if visual.pool_type != "avg":
+            return Encoded(tokens, tokens[:, 0])
+        if visual.final_ln_after_pool:
+            pooled = visual.ln_post(hidden[:, 1:].mean(dim=1))
+            return Encoded(tokens, pooled @ visual.proj.to(pooled.dtype))
+        return Encoded(tokens, tokens[:, 1:].mean(dim=1))
+
+    def encode_text(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, positions: int | None = None
+    ) -> Encoded:
+        """Encode captions, int64 [B, context length].
+
+        By default a causal tower runs on the longest caption of the batch: what follows the end token
+        cannot change what stands before it.
+
+        Args:
+            ids: token ids.
+            attention_mask: not used: a CLIP text tower finds the end token itself.
+            positions: how many context positions to run and return; None takes `longest_caption`.
+
+        Returns:
+            tokens [B, L, D] (final LayerNorm and projection at every position), embedding [B, D] at the
+            end token.
+        """
+        tower = getattr(self.clip, "text", self.clip)
+        length = int(self.longest_caption(ids)) if positions is None else positions
+        ids = ids[:, :length]
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=mask))  # [B, L, width]
+        projection = tower.text_projection
+        if isinstance(projection, nn.Linear):
+            x = projection(x)
+        elif projection is not None:
+            x = x @ projection.to(x.dtype)  # [B, L, D]
+        return Encoded(x, text_global_pool(x, ids, self._pool_type, self._end_id))
+
+    def longest_caption(self, ids: Tensor) -> Tensor:
+        """Positions that the text tower needs for the embeddings of `ids` [B, L], an int64 scalar.
+
+        Up to the last end token; all L where the tower is not causal or pools another position.
+        """
+        tower = getattr(self.clip, "text", self.clip)
+        if tower.attn_mask is None or self._pool_type not in ("argmax", "eos"):
+            return torch.tensor(ids.shape[1], device=ids.device)
+        return self.end_positions(ids).max() + 1
+
+    def end_positions(self, ids: Tensor) -> Tensor:
+        """Position of each caption's end token, int64 [B]: the largest id, or the tower's own end id.
+
+        A tower that pools the last position has no end token; there it is the last non-zero id.
+        """
+        if self._pool_type == "argmax":
+            return ids.argmax(dim=1)
+        if self._pool_type == "eos":
+            return (ids == self._end_id).int().argmax(dim=1)
+        return ids.shape[1] - 1 - ids.ne(0).flip(1).int().argmax(dim=1)
+
+    def caption_positions(self, ids: Tensor) -> Tensor:
+        """Bool [B, L]: start token to end token."""
+        return torch.arange(ids.shape[1], device=ids.device) <= self.end_positions(ids)[:, None]
+
+    @property
+    def _pool_type(self) -> str:
+        return self.clip.text_pool_type if hasattr(self.clip, "text_pool_type") else self.clip.text.pool_type
+
+    @property
+    def _end_id(self) -> int:
+        return self.clip.text_eos_id if hasattr(self.clip, "text_eos_id") else self.clip.text.eos_id
 
 
 class ClipRetriever(TokenEncoder):
@@ -41,7 +144,7 @@ class ClipRetriever(TokenEncoder):
         position_std: float | None = None,
         seed: int = 0,
     ) -> None:
-        """Random weights from `seed`; load others with `fmfa.weights.loading.load_weights`.
+        """Random weights from `seed`; load others with `fmfa.models.weights.load_weights`.
 
         Args:
             backbone: see `fmfa.models.backbone.backbone_config`.
@@ -218,3 +321,79 @@ class ClipRetriever(TokenEncoder):
         output.losses["grounding"] = self.objectives.grounding * loss
         hits = grounding_hits(cosine.detach(), target)
         output.stats["grounding_hit"] = hits.sum() / max(len(hits), 1)
+
+
+def head_count(width: int, heads: int | None = None) -> int:
+    """Attention heads of a head of `width`: the number given, or one for each 64 channels, at least 1."""
+    return heads or max(1, width // 64)
+
+
+class CrossModalHead(nn.Module):
+    """Implicit relation reasoning (IRR; Jiang and Ye, CVPR 2023): predict masked tokens using the image.
+
+    The masked caption's tokens query all image tokens through one cross attention without residual;
+    `depth` CLIP-style self-attention blocks and a vocabulary head follow. Module names are those of IRRA.
+    """
+
+    def __init__(self, width: int, vocab_size: int, *, depth: int = 4, heads: int | None = None) -> None:
+        """Random weights with IRRA's standard deviations; `width` is the joint width D."""
+        super().__init__()
+        self.heads = head_count(width, heads)
+        self.cross_attn = nn.MultiheadAttention(width, self.heads, batch_first=True)
+        self.cross_modal_transformer = Transformer(width, depth, self.heads, act_layer=QuickGELU)
+        self.ln_pre_t = LayerNorm(width)
+        self.ln_pre_i = LayerNorm(width)
+        self.ln_post = LayerNorm(width)
+        self.mlm_head = nn.Sequential(
+            OrderedDict(
+                dense=nn.Linear(width, width),
+                gelu=QuickGELU(),
+                ln=LayerNorm(width),
+                fc=nn.Linear(width, vocab_size),
+            )
+        )
+        self._initialise(width, depth)
+
+    def _initialise(self, width: int, depth: int) -> None:
+        attention, output, hidden = width**-0.5, width**-0.5 * (2 * depth) ** -0.5, (2 * width) ** -0.5
+        for block in self.cross_modal_transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=attention)
+            nn.init.normal_(block.attn.out_proj.weight, std=output)
+            nn.init.normal_(block.mlp.c_fc.weight, std=hidden)
+            nn.init.normal_(block.mlp.c_proj.weight, std=output)
+        nn.init.normal_(self.cross_attn.in_proj_weight, std=attention)
+        nn.init.normal_(self.cross_attn.out_proj.weight, std=output)
+        nn.init.normal_(self.mlm_head.dense.weight, std=hidden)
+        nn.init.normal_(self.mlm_head.fc.weight, std=output)
+
+    def forward(self, text_tokens: Tensor, image_tokens: Tensor, chosen: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Vocabulary logits of the chosen positions.
+
+        Args:
+            text_tokens: [B, L, D] of the masked caption, all context positions.
+            image_tokens: [B, 1+N, D], class token included.
+            chosen: [B, L] bool, the M positions to predict; the vocabulary head runs on them only.
+            valid: [B, L] bool, text positions that self-attention may look at; None lets padding take
+                part, as IRRA does.
+
+        Returns:
+            [M, V], in row-major order of `chosen`.
+        """
+        memory = self.ln_pre_i(image_tokens)
+        x = self.cross_attn(self.ln_pre_t(text_tokens), memory, memory, need_weights=False)[0]
+        x = self.cross_modal_transformer(x, attn_mask=None if valid is None else self._padding_mask(valid, x))
+        return self.mlm_head(self.ln_post(x)[chosen])
+
+    def _padding_mask(self, valid: Tensor, like: Tensor) -> Tensor:
+        """Additive mask [B * heads, L, L] that hides invalid positions from every query."""
+        mask = torch.zeros(valid.shape, dtype=like.dtype, device=valid.device)
+        mask = mask.masked_fill(~valid, float("-inf"))
+        return mask[:, None, :].expand(-1, valid.shape[1], -1).repeat_interleave(self.heads, dim=0)
+
+
+def identity_classifier(width: int, identities: int) -> nn.Linear:
+    """Linear classifier from embeddings to identities: weights of standard deviation 0.001, bias 0."""
+    classifier = nn.Linear(width, identities)
+    nn.init.normal_(classifier.weight, std=0.001)
+    nn.init.zeros_(classifier.bias)
+    return classifier

@@ -4,18 +4,62 @@ Shu et al., "See Finer, See More: Implicit Modality Alignment for Text-based Per
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
+from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfa.errors import ConfigError
-from fmfa.losses import pair_similarities, sdm
-from fmfa.losses.projection import cmpm_joint
+from fmfa.losses.matching import cmpm, pair_similarities, sdm
 from fmfa.models.distributed import gather, largest, world_size
-from fmfa.models.interfaces import Encoded, ModelOutput
-from fmfa.models.ivt_network import IvtConfig, SharedEncoder, initialise
+from fmfa.models.outputs import Encoded, ModelOutput
+
+MASKED_LOGIT = -10000.0  # what padding keys get, as released; a softmax gives them exactly 0
+
+
+@dataclass(frozen=True)
+class IvtConfig:
+    """Sizes, regularisation and objective of IVT; the defaults are the released CUHK-PEDES model's."""
+
+    width: int = 768
+    depth: int = 12  # blocks
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    image_size: tuple[int, int] = (384, 128)  # height, width in pixels
+    patch: int = 16
+    stride: int = 12  # pixels; RSTPReid's released model has 16
+    vocab_size: int = 30522
+    positions: int = 512  # longest text
+    token_types: int = 2  # rows of the table; only row 0 is used
+    drop_path: float = 0.1  # of the last block; rises linearly from 0 in the first
+    text_dropout: float = 0.1  # in the text stem
+    mask_image: float = 0.2  # largest share of image tokens dropped in training (BMM); 0 = off
+    mask_text: float = 0.2  # the same for text tokens
+    loss: Literal["cmpm", "sdm"] = "cmpm"
+    tau: float = 0.02  # temperature of SDM; CMPM has none
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that do not fit together and values outside their range."""
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if min(self.image_size) < self.patch or not 1 <= self.stride <= self.patch:
+            raise ConfigError(
+                f"patch {self.patch} at stride {self.stride} does not fit {self.image_size} pixels; "
+                "the patch must fit into the image and the stride lie between 1 and the patch"
+            )
+        if not (0 <= self.mask_image < 1 and 0 <= self.mask_text < 1):
+            raise ConfigError(f"mask_image {self.mask_image} and mask_text {self.mask_text} must be shares in [0, 1)")
+        if self.loss not in ("cmpm", "sdm"):
+            raise ConfigError(f"loss {self.loss!r}: IVT is trained with 'cmpm' or 'sdm'")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        height, width = self.image_size
+        return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
 
 
 class IvtRetriever(nn.Module):
@@ -124,7 +168,7 @@ class IvtRetriever(nn.Module):
         image = self.encode_image(images, kept_image)
         text = self.encode_text(ids, attention_mask, kept_text)
         joint = gather(image.embedding), gather(text.embedding), gather(batch["labels"])
-        loss = cmpm_joint(*joint) if self.sizes.loss == "cmpm" else sdm(*joint, scale=1 / self.sizes.tau)
+        loss = cmpm(*joint) if self.sizes.loss == "cmpm" else sdm(*joint, scale=1 / self.sizes.tau)
         return ModelOutput(
             losses={self.sizes.loss: loss},
             features={"image_tokens": image.tokens, "text_tokens": text.tokens},
@@ -169,3 +213,121 @@ def draw_kept(tokens: int, share: float, generator: torch.Generator) -> Tensor:
     most = min(int(share * (tokens + 1)), tokens)
     dropped = int(torch.randint(most + 1, (), generator=generator))
     return order[dropped:]
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: one convolution without padding, flattened row by row."""
+
+    def __init__(self, patch: int, stride: int, width: int) -> None:
+        """Square patches of `patch` pixels, `stride` pixels apart."""
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, D]."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class BertEmbeddings(nn.Module):
+    """BERT's embedding layer: word + position + token type 0, LayerNorm, dropout."""
+
+    def __init__(self, config: IvtConfig) -> None:
+        """Tables of the configured sizes."""
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.positions, config.width)
+        self.token_type_embeddings = nn.Embedding(config.token_types, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.text_dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, D]."""
+        positions = self.position_embeddings.weight[: ids.shape[1]]
+        embedded = self.word_embeddings(ids) + positions + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(embedded))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block whose attention and norms are shared by both modalities."""
+
+    def __init__(self, config: IvtConfig, drop_path: float) -> None:
+        """`drop_path` is the probability with which a sample skips a branch in training."""
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config.width, config.heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp_vis = Mlp(config.width, hidden)
+        self.mlp_txt = Mlp(config.width, hidden)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor, mlp: str, key_bias: Tensor | None) -> Tensor:
+        """[B, N, D] -> [B, N, D], with the MLP named; `key_bias` [B, 1, 1, N] is added to the logits."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), attn_mask=key_bias))
+        return tokens + self.drop_path(getattr(self, mlp)(self.norm2(tokens)))
+
+
+class SharedEncoder(nn.Module):
+    """The one network: stems, shared blocks, shared final LayerNorm."""
+
+    def __init__(self, config: IvtConfig) -> None:
+        """Uninitialised tables; call `initialise` or load weights."""
+        super().__init__()
+        rows, columns = config.grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.width))
+        self.type_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.width))
+        self.patch_embed = PatchEmbed(config.patch, config.stride, config.width)
+        self.embeddings = BertEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def image_stem(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 1+N, D]: class token and patches with positions and types added."""
+        patches = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        return tokens + self.pos_embed + self.type_embed
+
+    def forward(self, tokens: Tensor, mlp: str, mask: Tensor | None, kept: Tensor | None) -> Tensor:
+        """Run the blocks on the stem's tokens.
+
+        Args:
+            tokens: [B, N, D].
+            mlp: "mlp_vis" or "mlp_txt".
+            mask: [B, N], 1 where a key may be attended, 0 for padding; None = all.
+            kept: [K] positions from 1 that stay besides position 0; None = all.
+        """
+        if kept is not None:
+            positions = torch.cat([kept.new_zeros(1), kept]).to(tokens.device)
+            tokens = tokens[:, positions]
+            mask = None if mask is None else mask[:, positions]
+        bias = None if mask is None else ((1 - mask.to(tokens.dtype)) * MASKED_LOGIT)[:, None, None]
+        for block in self.blocks:
+            tokens = block(tokens, mlp, bias)
+        return self.norm(tokens)
+
+
+@torch.no_grad()
+def initialise(encoder: SharedEncoder, generator: torch.Generator) -> None:
+    """Fill the encoder with IVT's random initialisation, drawn from a CPU `generator`.
+
+    Linear weights, class token, positions and types: truncated normal of std 0.02; patch convolution:
+    normal of std sqrt(2 / (patch * patch * width)); BERT tables: normal of std 0.02 with a zero padding
+    row; biases 0, LayerNorms 1 and 0.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.Conv2d):
+            side = module.kernel_size[0]
+            std = (2 / (side * side * module.out_channels)) ** 0.5
+            nn.init.normal_(module.weight, std=std, generator=generator)
+            nn.init.zeros_(module.bias)
+    for table in (encoder.cls_token, encoder.pos_embed, encoder.type_embed):
+        nn.init.trunc_normal_(table, std=0.02, generator=generator)

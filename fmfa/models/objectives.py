@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass, fields
 
-from fmfa.data.annotation_files import SIMPEDES, canonical_name
+from fmfa.data.annotations import SIMPEDES, canonical_name
 from fmfa.errors import ConfigError
-from fmfa.losses import ASDM_FORMS
 from fmfa.losses.efa import COSTS, KEEPS
+from fmfa.losses.matching import ASDM_FORMS
 
 METHODS = ("clip", "irra", "fmfa")
 PRESETS = ("paper", "released")
 POSITIONS = ("caption", "all")
 LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa", "grounding")
-
 # Yin et al. 2026: (text-to-joint, vision-to-joint) margins of EFA
 PAPER_MARGINS = {"CUHK-PEDES": (0.1, 0.1), "ICFG-PEDES": (0.2, 1.0), "RSTPReid": (0.2, 0.8)}
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fmfa.data.pretraining_pairs import PretrainingPairs, collate_pairs
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.files import whole_file
+from fmfa.pretraining.pairs import PretrainingPairs, collate_pairs
 from fmfa.progress import progress_bar
 
 POINTS = 40  # of the curve; the resume file is written at each
 
 
-def fit(
+def pretrain_model(
     model: nn.Module,
     training: Callable[..., PretrainingPairs],
     held_out: Mapping[str, Tensor],

@@ -3,19 +3,28 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fmfa.data.pretraining_pairs import Captions, MaskedCaptions, PlainCaptions
-from fmfa.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, fmfa_training, ivt_evaluation, ivt_training
+from fmfa.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageTransform,
+    fmfa_training,
+    ivt_evaluation,
+    ivt_training,
+)
 from fmfa.errors import ConfigError
-from fmfa.models.clip import ClipRetriever, Objectives
-from fmfa.models.ivt_network import IvtConfig
-from fmfa.models.ivt_pretraining import IvtPretrainer
-from fmfa.text.span_masking import CONTEXT
-from fmfa.text.tokens import CLIP_VOCABULARY, SMALL_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
-from fmfa.text.wordpiece import wordpiece_tokenizer
+from fmfa.models.clip import ClipRetriever
+from fmfa.models.ivt import IvtConfig
+from fmfa.models.objectives import Objectives
+from fmfa.pretraining.ivt_heads import IvtPretrainer
+from fmfa.pretraining.span_masking import CONTEXT, SpanMasking, prepare_caption
+from fmfa.text.bytepair import CLIP_VOCABULARY, SMALL_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
+from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 
 DATA = Path(__file__).parents[2] / "data"
 CONFIGS = {"clip": DATA / "tiny_clip_config.json", "ivt": DATA / "tiny_ivt_config.json"}
@@ -23,6 +32,13 @@ WORDPIECE = DATA / "wordpiece.txt"
 FULL_WIDTH = 768  # that IVT's initial standard deviation of 0.02 was made for
 # Settings that the other method does not have.
 OWN = {"clip": ("tau",), "ivt": ("fusion_depth", "temperature", "matrix_scale")}
+
+
+class Captions(Protocol):
+    """From a caption to what a model reads of it."""
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Rows of ids, int64 [L]; everything random derives from the seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +69,24 @@ class Method:
         return {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(self.kept)}
 
 
-class ClipPixels(nn.Module):
-    """uint8 to CLIP's normalised float32, by true division.
-
-    torchvision's scaling differs in the last bit, which would change the shipped weights.
-    """
-
-    def forward(self, picture: Tensor) -> Tensor:
-        """Normalise a picture [3, H, W]."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-        return (picture.float() / 255 - mean) / std
+def ivt(settings: Mapping) -> Method:
+    """An IVT with ITC, ITM and MLM, whose shared encoder alone is kept."""
+    sizes, seed = settings["config"], settings["seed"]
+    tokenizer = wordpiece_tokenizer(settings["vocabulary"] or WORDPIECE, min(CONTEXT, sizes["positions"]))
+    _check_vocabulary(tokenizer, sizes["vocab_size"])
+    sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
+    model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)
+    words = model.encoder_fusion.cls["predictions"].decoder  # a table, not a matrix
+    with torch.no_grad():
+        model.temp.fill_(settings["temperature"])
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module is not words:
+                module.weight.mul_(settings["matrix_scale"] or (FULL_WIDTH / sizes.width) ** 0.5)
+        generator = torch.Generator().manual_seed(seed + 2)
+        nn.init.normal_(model.encoder_vl.pos_embed, std=settings["position_std"], generator=generator)
+    captions, plain = MaskedCaptions(tokenizer), ivt_evaluation(sizes.image_size).finish
+    config = {name: value for name, value in model.config.items() if name != "fusion_depth"}
+    return Method(model, captions, plain, ivt_training(sizes.image_size), "encoder_vl.", config, "IVT's encoder")
 
 
 def clip(settings: Mapping) -> Method:
@@ -85,27 +109,19 @@ def clip(settings: Mapping) -> Method:
     return Method(model, PlainCaptions(tokenizer), ClipPixels(), augmented, "", model.config, "CLIP")
 
 
-def ivt(settings: Mapping) -> Method:
-    """An IVT with ITC, ITM and MLM, whose shared encoder alone is kept."""
-    sizes, seed = settings["config"], settings["seed"]
-    tokenizer = wordpiece_tokenizer(settings["vocabulary"] or WORDPIECE, min(CONTEXT, sizes["positions"]))
-    _check_vocabulary(tokenizer, sizes["vocab_size"])
-    sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
-    model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)
-    words = model.encoder_fusion.cls["predictions"].decoder  # a table, not a matrix
-    with torch.no_grad():
-        model.temp.fill_(settings["temperature"])
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and module is not words:
-                module.weight.mul_(settings["matrix_scale"] or (FULL_WIDTH / sizes.width) ** 0.5)
-        generator = torch.Generator().manual_seed(seed + 2)
-        nn.init.normal_(model.encoder_vl.pos_embed, std=settings["position_std"], generator=generator)
-    captions, plain = MaskedCaptions(tokenizer), ivt_evaluation(sizes.image_size).finish
-    config = {name: value for name, value in model.config.items() if name != "fusion_depth"}
-    return Method(model, captions, plain, ivt_training(sizes.image_size), "encoder_vl.", config, "IVT's encoder")
-
-
 METHODS: dict[str, Callable[[Mapping], Method]] = {"clip": clip, "ivt": ivt}
+
+
+class ClipPixels(nn.Module):
+    """uint8 to CLIP's normalised float32, by true division.
+
+    torchvision's scaling differs in the last bit, which would change the shipped weights.
+    """
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """Normalise a picture [3, H, W]."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (picture.float() / 255 - mean) / std
 
 
 def _check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
@@ -114,3 +130,27 @@ def _check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
             f"the vocabulary has {tokenizer.vocab_size} pieces, the configuration vocab_size {size}; "
             "give the vocabulary that belongs to the configuration"
         )
+
+
+class PlainCaptions:
+    """A caption as it is: `caption_ids`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Encode a caption; nothing is random."""
+        return {"caption_ids": self.tokenizer([caption])[0]}
+
+
+class MaskedCaptions:
+    """A prepared caption with masked words: `caption_ids`, `masked_ids` and `masked_labels`."""
+
+    def __init__(self, tokenizer: WordPieceTokenizer) -> None:
+        self.tokenizer, self._masking = tokenizer, SpanMasking(tokenizer)
+
+    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
+        """Encode a caption and hide words of it."""
+        ids = self.tokenizer([prepare_caption(caption)])[0]
+        masked_ids, masked_labels = self._masking(ids, np.random.default_rng(seed))
+        return {"caption_ids": ids, "masked_ids": masked_ids, "masked_labels": masked_labels}

@@ -1,16 +1,23 @@
-"""The pairs that pre-training sees: SimPEDES' identity-free stream, or any image-caption list."""
+"""Pairs of pre-training: SimPEDES' identity-free stream, or any image-caption list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
+from torchvision.transforms.v2.functional import horizontal_flip
 
-from fmfa.data.pretraining_pairs import ImageCaptionList, PretrainingPairs, collate_pairs
-from fmfa.errors import ConfigError
-from fmfa.pretraining.methods import Method
-from fmfa.simpedes.stream import web_pair
+from fmfa.data.annotations import read_records
+from fmfa.data.images import ImageTransform, resolve_image
+from fmfa.errors import AnnotationError, ConfigError
+from fmfa.pretraining.methods import Captions, Method
+from fmfa.pretraining.span_masking import prepare_caption
+from fmfa.pretraining.stream import web_pair
 
 HELD_OUT = 512  # pairs of another stream seed, or of the end of a list, for the curve
 
@@ -27,6 +34,84 @@ class WebStream(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         image, text = web_pair(self.seed, index, self.size)
         return torch.from_numpy(image).permute(2, 0, 1), text
+
+
+class PairSource(Protocol):
+    """Numbered pairs: `source[i]` is a picture, uint8 [3, H, W], and its caption."""
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """Pair `index`."""
+
+
+class PretrainingPairs(Dataset):
+    """The pairs that pre-training sees, in order; one sample a position.
+
+    Position p is pair p of the source, or, shuffled, pair p % len of the order of pass p // len. Everything
+    random about a sample derives from (seed, position), so that training resumes anywhere.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        captions: Captions,
+        finish: nn.Module,
+        *,
+        seed: int,
+        first: int,
+        count: int,
+        shuffle: bool = False,
+        flip: bool = False,
+    ) -> None:
+        """Positions `first` to `first + count`.
+
+        Args:
+            source: the pairs.
+            captions: from a caption to ids.
+            finish: of an `ImageTransform`: uint8 [3, H, W] to the network's float32.
+            seed: of order, augmentation and words.
+            first: first position.
+            count: number of positions.
+            shuffle: a new order of the source at each pass.
+            flip: mirror half of the pictures.
+        """
+        self.source, self.captions, self.finish = source, captions, finish
+        self.seed, self.first, self.count, self.shuffle, self.flip = seed, first, count, shuffle, flip
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The sample: `images` [3, H, W], what `captions` gives, each [L], and `labels` [].
+
+        The label is the pair's number in the source. Raises ImageError for an unreadable picture.
+        """
+        position = self.first + index
+        pair = self._pair(position)
+        picture, caption = self.source[pair]
+        pixel_seed, word_seed = np.random.SeedSequence([self.seed, 0, position]).generate_state(2, np.uint64).tolist()
+        words = self.captions(caption, word_seed)
+        return {"images": self._augment(picture, pixel_seed), **words, "labels": torch.tensor(pair)}
+
+    def _pair(self, position: int) -> int:
+        if not self.shuffle:
+            return position
+        turn, place = divmod(position, len(self.source))
+        if self._order is None or self._order[0] != turn:
+            self._order = turn, np.random.default_rng([self.seed, 1, turn]).permutation(len(self.source))
+        return int(self._order[1][place])
+
+    def _augment(self, picture: Tensor, seed: int) -> Tensor:
+        # torchvision's transforms draw from torch's default generator: lend it to this sample.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if self.flip and torch.rand(()) < 0.5:
+                picture = horizontal_flip(picture)
+            return self.finish(picture)
 
 
 def pairs_to_see(
@@ -58,3 +143,71 @@ def pairs_to_see(
     training = partial(PretrainingPairs, source, method.captions, finish, seed=seed, shuffle=random, flip=random)
     samples = PretrainingPairs(unseen, method.captions, method.plain, seed=seed, first=0, count=len(unseen))
     return training, collate_pairs([samples[i] for i in range(len(samples))])
+
+
+class ImageCaptionList(Dataset):
+    """The pairs of JSON lists of records with `image` and `caption`, one file after the other.
+
+    Attributes:
+        skipped: records whose caption has no word, which are left out.
+    """
+
+    def __init__(self, files: str | Path | Sequence[str | Path], images: str | Path, transform: ImageTransform):
+        """Read the lists; pictures are read on access.
+
+        Args:
+            files: one list or several (CC3M, Visual Genome, SBU as IVT's authors prepared them).
+            images: folder that `image` is relative to.
+            transform: whose `read` resizes the pictures.
+
+        Raises:
+            AnnotationError: a file is not such a list. The message names the file and the record.
+        """
+        self.images, self.transform, self.skipped = Path(images), transform, 0
+        self._pairs: list[tuple[str, str]] = []
+        for file in [files] if isinstance(files, str | Path) else files:
+            self._read(Path(file))
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """The picture, uint8 [3, H, W], and the caption.
+
+        Raises:
+            ImageError: the picture cannot be read or lies outside the folder. The message names the file.
+        """
+        name, caption = self._pairs[index]
+        return self.transform.read(resolve_image(self.images, name)), caption
+
+    def _read(self, file: Path) -> None:
+        records, _ = read_records(file)
+        if missing := {"image", "caption"} - set(records.columns):
+            raise AnnotationError(
+                f"{file}: no field {' and '.join(sorted(missing))}, found {', '.join(records.columns)}; "
+                "expected a list of records with 'image' and 'caption'"
+            )
+        for number, pair in enumerate(zip(records["image"], records["caption"])):
+            if not all(isinstance(text, str) for text in pair):
+                kinds = " and ".join(type(text).__name__ for text in pair)
+                raise AnnotationError(f"{file}: record {number}: image and caption are {kinds}, expected two strings")
+            if prepare_caption(pair[1]):
+                self._pairs.append(pair)
+            else:
+                self.skipped += 1
+
+
+def collate_pairs(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join samples of `PretrainingPairs` to a batch, ids padded with 0 to the longest caption.
+
+    Returns:
+        The samples' entries with a leading batch axis, and `attention_mask` int64 [B, L].
+    """
+    batch = {
+        key: pad_sequence([sample[key] for sample in samples], batch_first=True)
+        if samples[0][key].dim() == 1
+        else torch.stack([sample[key] for sample in samples])
+        for key in samples[0]
+    }
+    return batch | {"attention_mask": (batch["caption_ids"] != 0).long()}

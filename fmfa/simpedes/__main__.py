@@ -3,9 +3,9 @@
 import argparse
 import json
 
-from ..errors import FmfaError
-from .generate import DOMAINS, SCALES, generate, recipe
-from .truth import read_dataset_record
+from fmfa.errors import FmfaError
+from fmfa.simpedes.generate import DOMAINS, SCALES, generate, recipe
+from fmfa.simpedes.truth import read_dataset_record
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .canvas import PARTS, Canvas, View
-from .figure import draw_figure
-from .people import Person, pick
+from fmfa.simpedes.canvas import PARTS, Canvas, View
+from fmfa.simpedes.figure import draw_figure
+from fmfa.simpedes.people import Person, pick
 
 BASE_SIZE = (96, 32)  # (height, width) at which visibility is measured
 SPREAD = 5  # pixels at 96 rows over which resolution loss and blur can carry a change

@@ -19,7 +19,6 @@ PARTS = (
 SHADES = 3  # in shadow, lit, highlight
 _SHADE_GAIN = ((0.72, 0), (1.0, 0), (1.08, 10))
 _ROUND = [(cos(radians(a)), sin(radians(a))) for a in range(-90, 91, 30)]
-
 Profile = list[tuple[float, float, float, float]]  # (u, half-width along l, half-depth along f, offset along f)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .camera import Rendering
-from .people import Person, pick
-from .words import (
+from fmfa.simpedes.camera import Rendering
+from fmfa.simpedes.people import Person, pick
+from fmfa.simpedes.words import (
     COLOUR_WORDS,
     CONFUSED_COLOURS,
     CONFUSED_TYPES,
@@ -19,7 +19,7 @@ from .words import (
     TYPE_WORDS,
     VAGUE,
     article,
-)  # fmt: skip
+)
 
 # Fraction of the crop (96 x 32 pixels) below which a part is not noticed.
 _NOTICED = {"hair": 0.005, "headwear": 0.004, "glasses": 0.0022, "scarf": 0.004, "top": 0.010, "outer": 0.02,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.chance import random_ranking
-from .people import ATTRIBUTES
-from .truth import parse_shard
+from fmfa.metrics import random_ranking
+from fmfa.simpedes.people import ATTRIBUTES
+from fmfa.simpedes.truth import parse_shard
 
 
 def ceiling(shards: Sequence[Path]) -> dict[str, float]:

@@ -25,15 +25,15 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from ..errors import ConfigError
-from ..files import said_plainly, whole_file, write_json
-from ..processes import end_with
-from ..progress import progress_bar
-from .camera import BASE_SIZE, CAMERAS, SEASONS, render
-from .captions import STYLES, describe
-from .ceiling import ceiling
-from .people import population
-from .truth import RECIPE, RECORD, TRUTH, check_files, parse_shard, read_object, write_dataset_record
+from fmfa.errors import ConfigError
+from fmfa.files import said_plainly, whole_file, write_json
+from fmfa.processes import end_with
+from fmfa.progress import progress_bar
+from fmfa.simpedes.camera import BASE_SIZE, CAMERAS, SEASONS, render
+from fmfa.simpedes.captions import STYLES, describe
+from fmfa.simpedes.ceiling import ceiling
+from fmfa.simpedes.people import population
+from fmfa.simpedes.truth import RECIPE, RECORD, TRUTH, check_files, parse_shard, read_object, write_dataset_record
 
 VERSION = 1
 DOMAINS = tuple(CAMERAS)

@@ -72,14 +72,12 @@ class Person:
 
 ATTRIBUTES = tuple(field.name for field in fields(Person))
 SIDES = ("bag_side", "held_side")
-
 # What a family's members may differ in, with the chance of each: often confused things come often.
 FAMILY_CHANGES = {
     "hair_style": 2, "hair_colour": 1.5, "headwear": 1.5, "headwear_colour": 1, "glasses": 1.5,
     "scarf_colour": 1, "top_colour": 2, "top_pattern": 1.5, "top": 1, "outer": 1, "outer_colour": 2,
     "lower": 1, "lower_colour": 2, "shoes": 0.7, "shoes_colour": 2.5, "bag": 2, "bag_colour": 2, "held": 1.5,
 }  # fmt: skip
-
 _GARMENT = {
     "black": 5, "white": 3.5, "grey": 3, "blue": 2.5, "navy": 2, "red": 2.2, "light blue": 1.2, "green": 1.2,
     "dark green": 0.8, "yellow": 1, "orange": 0.8, "pink": 1.2, "purple": 0.9, "brown": 1, "beige": 1.2,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import AnnotationError
-from ..files import read_json, write_json
+from fmfa.errors import AnnotationError
+from fmfa.files import read_json, write_json
 
 RECORD, RECIPE, TRUTH = "dataset.json", "recipe.json", "truth"
 

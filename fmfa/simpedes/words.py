@@ -17,12 +17,10 @@ COLOUR_WORDS = {
 VAGUE = ("dark", "dark-coloured", "light-coloured", "bright")
 RARE = ("gray", "bright red", "royal blue", "pale blue", "forest green", "violet", "cream", "dark brown", "light pink",
         "bright yellow", "bright green", "bright blue")  # fmt: skip
-
 HAIR_WORDS = {
     "black": {"black"}, "dark": {"black", "brown"}, "brown": {"brown"}, "blond": {"blond"}, "blonde": {"blond"},
     "fair": {"blond"}, "red": {"red"}, "ginger": {"red"}, "grey": {"grey"}, "silver": {"grey"},
 }  # fmt: skip
-
 _TOPS = {"t-shirt", "shirt", "sweater", "hoodie", "tank top"}
 TYPE_WORDS = {
     "top": {
@@ -75,7 +73,6 @@ TYPE_WORDS = {
 }  # fmt: skip
 PLURAL = ("jeans", "trousers", "slacks", "pants", "shorts", "sneakers", "trainers", "shoes", "boots", "glasses",
           "eyeglasses", "spectacles", "sunglasses", "shades")  # fmt: skip
-
 # What people mix up: used for the small, recorded rate of mistakes.
 CONFUSED_COLOURS = {
     "black": "navy", "white": "beige", "grey": "white", "red": "orange", "blue": "purple", "navy": "black",

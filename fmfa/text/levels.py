@@ -4,6 +4,7 @@ How IVT (Shu et al. 2022) cuts captions, after its released code, for the three 
 clean variant for data whose true phrases are known. All draws come from the generator given.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from fmfa.errors import ConfigError
+from fmfa.text.bytepair import Span
 
 SHORTEST_PIECE = 5  # characters; a piece must have more
 LONGEST_CAPTION = 90  # tokens of an ICFG-PEDES caption that the released reader keeps
-
 LevelForm = Literal["attributes", "clauses", "true_spans"]
 LEVEL_FORMS: dict[str, LevelForm] = {
     "CUHK-PEDES": "attributes",
@@ -194,3 +195,20 @@ def _true_phrases(caption: str, spans: Sequence[tuple[int, int]] | None) -> list
                 f"phrase span ({start}, {end}) is empty or outside its caption of {len(caption)} characters"
             )
     return [caption[start:end].strip() for start, end in spans]
+
+
+def swap_sides(caption: str) -> str:
+    """Exchange the words "left" and "right" (any case, kept), as a mirrored picture calls for."""
+    return re.sub(r"\b(left|right)\b", _other_side, caption, flags=re.IGNORECASE)
+
+
+def swapped_span(caption: str, span: Span) -> Span:
+    """Where the characters [start, end) of a caption are after `swap_sides`; both ends are ends of words."""
+    start, end = span
+    return len(swap_sides(caption[:start])), len(swap_sides(caption[:end]))
+
+
+def _other_side(match: re.Match) -> str:
+    word = match.group()
+    other = "right" if word.lower() == "left" else "left"
+    return other.upper() if word.isupper() else other.title() if word.istitle() else other

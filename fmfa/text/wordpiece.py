@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as Pieces
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from fmfa.errors import ConfigError
@@ -100,33 +100,6 @@ def wordpiece_tokenizer(vocab: str | Path, context_length: int = POSITIONS) -> W
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ConfigError(f"{path}: {error}; expected a vocab.txt, UTF-8 with one piece a line") from error
     return WordPieceTokenizer(vocabulary, context_length)
-
-
-def train_wordpiece_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:
-    """Learn an uncased WordPiece vocabulary of at most `size` pieces and write it as a `vocab.txt`.
-
-    The special tokens come first (`[PAD]` is 0), then every letter alone and inside a word, then the
-    pieces in the order in which they were learnt. The result depends on the arguments only.
-
-    Raises:
-        ConfigError: `size` is too small for the special tokens and letters alone.
-    """
-    captions = list(captions)
-    pieces = _uncased(models.WordPiece(unk_token="[UNK]"))
-    letters = sorted({letter for caption in captions for letter in pieces.normalizer.normalize_str(caption)})
-    letters = [letter for letter in letters if not letter.isspace()]
-    # The trainer numbers letters inside words in hash order and breaks ties by number, so they are
-    # numbered for it here.
-    numbered = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
-    if len(numbered) > size:
-        raise ConfigError(
-            f"a vocabulary of {size} pieces cannot hold the {len(numbered)} special tokens and letters of "
-            "the captions; ask for more pieces"
-        )
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=numbered, show_progress=False)
-    pieces.train_from_iterator(captions, trainer)
-    vocabulary = pieces.get_vocab()
-    Path(path).write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
 
 
 def _whole(caption: str) -> str:

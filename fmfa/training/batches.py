@@ -8,25 +8,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fmfa.data.annotations import Dataset
-from fmfa.data.controls import shuffle_pairs
-from fmfa.data.pairs import PairDataset, make_loader, start_epoch
+from fmfa.data.images import ImageTransform, fmfa_evaluation, fmfa_training, ivt_evaluation, ivt_training
+from fmfa.data.pairs import PairDataset, make_loader, shuffle_pairs, start_epoch
 from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
-from fmfa.data.transforms import (
-    ImageTransform,
-    fmfa_evaluation,
-    fmfa_training,
-    ivt_evaluation,
-    ivt_training,
-)
 from fmfa.errors import ConfigError
+from fmfa.text.bytepair import Tokenizer
 from fmfa.text.levels import LEVEL_FORMS, LevelReader
-from fmfa.text.tokens import Tokenizer
 from fmfa.training.config import TrainConfig
 
 
 class TableBatches:
-    """Batches of the split "train" of a data set, for `fmfa.training.fit`."""
+    """Batches of the split "train" of a data set, for `fmfa.training.fit.fit`."""
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from torch import nn
 
 from fmfa.errors import CheckpointError
 from fmfa.files import flush, read_json, write_json
+from fmfa.models.weights import read_checkpoint, save_checkpoint
 from fmfa.records import METRICS
-from fmfa.weights.own import read_checkpoint, save_checkpoint
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 EPOCH = "epoch"  # kind of the checkpoints that stay
@@ -289,6 +289,8 @@ _FIELDS |= {
     "best": lambda value: value is None or _is_number(value),
     "sums": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
 }
+
+
 _SUMMED = {"steps", "seconds", "loss/total"}
 
 

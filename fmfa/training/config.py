@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from fmfa.data.annotation_files import SIMPEDES, canonical_name
+from fmfa.data.annotations import SIMPEDES, canonical_name
 from fmfa.data.datasets import which_dataset
 from fmfa.devices import DEVICES
 from fmfa.errors import ConfigError

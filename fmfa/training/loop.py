@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmfa.errors import FmfaError, TrainingError
 from fmfa.files import said_plainly
 from fmfa.models.distributed import largest, total, world_size
-from fmfa.models.interfaces import ModelOutput
+from fmfa.models.outputs import ModelOutput
 from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
 from fmfa.training.checkpoints import (
@@ -34,7 +34,6 @@ from fmfa.training.checkpoints import (
     write_checkpoint,
 )
 from fmfa.training.config import TrainConfig
-from fmfa.training.gradients import gradient_norms
 from fmfa.training.optimizer import build_optimizer, set_learning_rate
 
 SELECTION = "R@1"
@@ -56,7 +55,7 @@ class Batches(Protocol):
 
 
 class TrainingLoop:
-    """A run between its start, or its last complete checkpoint, and its end; see `fmfa.training.fit`."""
+    """A run between its start, or its last complete checkpoint, and its end; see `fmfa.training.fit.fit`."""
 
     def __init__(
         self,
@@ -301,3 +300,20 @@ def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
     batches = iter(batches)
     while group := tuple(islice(batches, size)):
         yield group
+
+
+def gradient_norms(output: ModelOutput) -> dict[str, float]:
+    """L2 norm of the gradient that each loss sends into each shared feature, over all ranks.
+
+    Returns:
+        "LOSS/FEATURE" -> norm; 0 where a loss does not reach a feature.
+    """
+    names, features = zip(*output.features.items(), strict=True)
+    squares = []
+    for loss in output.losses.values():
+        gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
+        squares += [loss.new_zeros(()) if g is None else g.float().square().sum() for g in gradients]
+    # each rank's loss is the joint batch's, so a feature's gradient is counted once a rank
+    norms = (total(torch.stack(squares)).sqrt() / world_size()).tolist()
+    keys = [f"{loss}/{name}" for loss in output.losses for name in names]
+    return dict(zip(keys, norms, strict=True))

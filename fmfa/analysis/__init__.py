@@ -1,0 +1,1 @@
+"""What only SimPEDES can tell, because every pixel and phrase is known."""

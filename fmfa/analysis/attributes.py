@@ -1,0 +1,130 @@
+"""Which attribute confuses a model: errors on SimPEDES, compared with what is true and what the captions tell."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from fmfa.errors import AnnotationError
+from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
+from fmfa.metrics import CHUNK_ELEMENTS, chance_metrics, feature_metrics
+from fmfa.simpedes.ceiling import told_truly
+from fmfa.simpedes.people import ATTRIBUTES
+from fmfa.simpedes.truth import read_truth
+
+
+def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) -> pd.DataFrame:
+    """Return how often each attribute of the person found first is wrong, over the captions that find a wrong one.
+
+    An error is a caption that misses R@1; the person found is the one on its best picture of another identity, so
+    that a tie counts against the model here as it does in R@1.
+
+    Args:
+        evaluation: of a SimPEDES split; a part of its captions will do.
+        root: the SimPEDES folder, which holds `truth/`.
+        split: name of the split.
+
+    Returns:
+        One row per attribute, the most telling first. Shares are percent of the errors, NaN where there are none.
+        attribute: its name.
+        wrong: the person found has another value than the one wanted.
+        chance: the same of a picture drawn at random among the other identities'.
+        told_and_wrong: the caption truly tells the attribute, and its words rule the found value out.
+        wrong_if_told: the latter, as a share of the errors whose caption tells the attribute.
+        errors, n_wrong, n_told, n_told_and_wrong: the counts behind them.
+
+    Raises:
+        AnnotationError: `root` holds no truth of the split, or another truth than that of the evaluation.
+    """
+    truth = {record["file_path"]: record for record in read_truth(root, split)}
+    people = [truth[image]["attributes"] for image in _checked(evaluation, truth, root, split)]
+    queries, found = _errors(evaluation)
+    wanted = evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])[queries]
+    told = [_told(evaluation, truth, query, root) for query in queries]
+    same_person = Counter(evaluation.gallery["identity"])
+    others = np.array([len(people) - same_person[i] for i in evaluation.rows["identity"].iloc[queries]])
+    rows = []
+    for name in ATTRIBUTES:
+        values = np.array([person[name] for person in people])
+        alike = Counter(values.tolist())
+        random = np.array([len(people) - alike[value] for value in values[wanted].tolist()])
+        ruled_out = [value not in t[name] for t, value in zip(told, values[found].tolist(), strict=True) if name in t]
+        rows.append(
+            {
+                "attribute": name,
+                "chance": 100 * float((random / others).sum()),
+                "errors": len(queries),
+                "n_wrong": int((values[wanted] != values[found]).sum()),
+                "n_told": len(ruled_out),
+                "n_told_and_wrong": sum(ruled_out),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["chance"] /= table["errors"]
+    table["wrong"] = 100 * table["n_wrong"] / table["errors"]
+    table["told_and_wrong"] = 100 * table["n_told_and_wrong"] / table["errors"]
+    table["wrong_if_told"] = 100 * table["n_told_and_wrong"] / table["n_told"]
+    shares, counts = ["wrong", "chance", "told_and_wrong", "wrong_if_told"], ["errors", "n_wrong", "n_told"]
+    table = table.sort_values(["n_told_and_wrong", "n_wrong"], ascending=False, kind="stable", ignore_index=True)
+    return table[["attribute", *shares, *counts, "n_told_and_wrong"]]
+
+
+def family_share(evaluation: Evaluation, root: str | Path, split: str) -> pd.DataFrame:
+    """Return how often the person wanted, and how often one of its family of look-alikes, is found first.
+
+    Returns:
+        Lines "the person" (R@1) and "one of its family"; `found first` and `chance` (of a random ranking) in percent of
+        the `captions`.
+
+    Raises:
+        AnnotationError: see `errors_by_attribute`.
+    """
+    truth = {record["file_path"]: record for record in read_truth(root, split)}
+    gallery, _ = pd.factorize(np.array([truth[i]["family"] for i in _checked(evaluation, truth, root, split)]))
+    query = gallery[evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])]
+    metrics = feature_metrics(evaluation.text_features, evaluation.image_features, query, gallery)
+    person = evaluation.metrics[TEXT_TO_IMAGE].summary["R@1"], evaluation.chance[TEXT_TO_IMAGE]["R@1"]
+    family = metrics.summary["R@1"], chance_metrics(query, gallery)["R@1"]
+    table = 100 * pd.DataFrame([person, family], ["the person", "one of its family"], ["found first", "chance"])
+    return table.assign(captions=len(query))
+
+
+def _checked(evaluation: Evaluation, truth: dict[str, dict], root: str | Path, split: str) -> pd.Series:
+    """The gallery's images, all of them known to the truth under the same identity."""
+    for image, identity in evaluation.gallery[["image", "identity"]].itertuples(index=False):
+        known = truth.get(image, {"id": "nobody"})["id"]
+        if known != identity:
+            raise AnnotationError(
+                f"picture {image!r} shows identity {identity} in the evaluation and {known} in the ground truth of "
+                f"{root}, split {split!r}; give the folder and the split that were evaluated"
+            )
+    return evaluation.gallery["image"]
+
+
+def _told(evaluation: Evaluation, truth: dict[str, dict], query: int, root: str | Path) -> dict[str, tuple[str, ...]]:
+    image, text = evaluation.rows[["image", "caption"]].iloc[query]
+    for caption in truth[image]["captions"]:
+        if caption["text"] == text:
+            return told_truly(caption)
+    raise AnnotationError(
+        f"the caption {text!r} of {image!r} is not in the ground truth of {root}; "
+        "evaluate the captions of the data set unchanged"
+    )
+
+
+def _errors(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the captions that miss R@1, and the best gallery position of another identity for each."""
+    queries = np.flatnonzero(evaluation.metrics[TEXT_TO_IMAGE].first_rank > 1)
+    gallery = F.normalize(evaluation.image_features.double(), dim=1)
+    shown = evaluation.gallery["identity"].to_numpy()
+    wanted = evaluation.rows["identity"].to_numpy()
+    step = max(1, CHUNK_ELEMENTS // len(gallery))
+    found = [np.empty(0, np.int64)]
+    for chunk in (queries[i : i + step] for i in range(0, len(queries), step)):
+        text = F.normalize(evaluation.text_features[torch.from_numpy(chunk)].double(), dim=1)
+        scores = (text @ gallery.T).float().numpy()  # rounded as in `feature_metrics`, so that ranks agree
+        found.append(np.where(shown == wanted[chunk][:, None], -np.inf, scores).argmax(axis=1))
+    return queries, np.concatenate(found)

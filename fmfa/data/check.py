@@ -1,0 +1,449 @@
+"""The check of a data set's annotations and pictures: `python -m fmfa.data.check ROOT [--name ...]`."""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from fmfa.data.annotations import Dataset, read_dataset
+from fmfa.data.images import load_image
+from fmfa.errors import ConfigError, FmfaError, ImageError
+from fmfa.processes import end_with
+from fmfa.progress import progress_bar
+
+if TYPE_CHECKING:  # It brings torch, which the processes that decode pictures have no use for.
+    from fmfa.text.bytepair import Tokenizer
+
+
+if TYPE_CHECKING:
+    from fmfa.text.bytepair import Tokenizer
+
+
+SPLITS = ("train", "val", "test")
+OLDER = "RSTPReid, older split"
+PUBLISHED = {
+    ("CUHK-PEDES", "train"): (11003, 34054, 68126),
+    ("CUHK-PEDES", "val"): (1000, 3078, 6158),
+    ("CUHK-PEDES", "test"): (1000, 3074, 6156),
+    ("ICFG-PEDES", "train"): (3102, 34674, 34674),
+    ("ICFG-PEDES", "test"): (1000, 19848, 19848),
+    ("RSTPReid", "train"): (3701, 18505, 37010),
+    ("RSTPReid", "val"): (200, 1000, 2000),
+    ("RSTPReid", "test"): (200, 1000, 2000),
+    (OLDER, "train"): (3901, 19505, 39010),
+    (OLDER, "val"): (100, 500, 1000),
+    (OLDER, "test"): (100, 500, 1000),
+}
+"""Identities, images, captions by split, as the owners publish them.
+
+CUHK-PEDES: Li et al., CVPR 2017. ICFG-PEDES: Ding et al., arXiv 2107.12666 (one caption an image). RSTPReid:
+Zhu et al., ACM MM 2021 (five images per identity, two captions per image); the older split follows likewise.
+"""
+_CHUNK = 64
+_WORTH_PROCESSES = 1000
+SEVERITIES = ("fatal", "warning", "note", "ok")
+EXAMPLES = 3
+Finding = tuple[str, str, int, str]
+"""Check, severity, count, detail."""
+
+
+@dataclass(frozen=True, eq=False)
+class CheckReport:
+    """What the check found.
+
+    Attributes:
+        dataset: the data set's name.
+        table: one row a check, the worst first: `check`, `severity` ("fatal", "warning", "note", "ok"),
+            `count` (int64, how many things were found) and `detail` (which, with the first few).
+    """
+
+    dataset: str
+    table: pd.DataFrame
+
+    @property
+    def fatal(self) -> bool:
+        """Whether training has to refuse this data set."""
+        return bool((self.table["severity"] == "fatal").any())
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence."""
+
+        def names(severity):
+            return self.table["check"][self.table["severity"] == severity].tolist()
+
+        if fatal := names("fatal"):
+            return f"{self.dataset} cannot be used for training: {', '.join(fatal)}."
+        if warnings := names("warning"):
+            return f"{self.dataset} can be used for training; look at the warnings first: {', '.join(warnings)}."
+        return f"{self.dataset} can be used for training: no check found a fault."
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    decode: bool = True,
+    workers: int | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """Check pictures, captions, identities and counts of a data set; every check gives a row, passed or not.
+
+    Args:
+        dataset: what `read_dataset` returned.
+        tokenizer: whose tokens and context decide which captions are cut; None for CLIP's, on SimPEDES the one of the
+            tiny CLIP.
+        decode: decode every picture in full, and compare them. Without it only the presence of the files is looked
+            at, and notes say so.
+        workers: processes that decode; None for one a processor.
+        progress: show a progress bar.
+
+    Fatal are: a missing image folder, missing or unreadable pictures, empty captions, a picture listed for two people,
+    and identities or images shared between train and test. Copies of a picture under other names are found by their
+    pixels and are warnings; links that lead out of the folder are followed and noted.
+
+    Raises:
+        ConfigError: `workers` is not positive.
+        ImageError: a decoding process died.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; expected 1 or more")
+    table = dataset.table
+    return collect(
+        dataset.name,
+        [
+            *check_pictures(dataset.images, table, decode, workers, progress),
+            *check_captions(table, tokenizer or _usual_tokenizer(dataset)),
+            *check_identities(table),
+            *check_counts(dataset.name, table),
+            *(("reading", "note", 0, note) for note in dataset.notes),
+        ],
+    )
+
+
+def _usual_tokenizer(dataset: Dataset) -> "Tokenizer":
+    from fmfa.text.bytepair import clip_tokenizer, small_tokenizer
+
+    return small_tokenizer() if dataset.name.startswith("SimPEDES") else clip_tokenizer()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print table and verdict; returns 0, 1 when something is fatal, 2 when nothing could be checked.
+
+    Raises:
+        SystemExit: wrong arguments (status 2), or `--help`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fmfa.data.check", description="Check a data set before training.")
+    parser.add_argument("root", nargs="?", default="", help="annotation file, or the folder that holds it")
+    parser.add_argument("--name", help="CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES, or one's own")
+    parser.add_argument("--images", help="image folder (default: imgs beside the annotation file)")
+    parser.add_argument("--drop-empty-captions", action="store_true", help="leave captions without a word out")
+    parser.add_argument("--workers", type=int, help="processes that decode pictures (default: one a processor)")
+    options = parser.parse_args(arguments)
+    if not options.root.strip():
+        parser.error("give the folder of the data set or its annotation file, such as /data/CUHK-PEDES")
+    try:
+        dataset = read_dataset(
+            options.root,
+            options.name,
+            images=options.images,
+            drop_empty_captions=options.drop_empty_captions,
+        )
+        report = check_dataset(dataset, workers=options.workers, progress=sys.stderr.isatty())
+    except FmfaError as error:
+        print(f"The data set cannot be checked: {error}", file=sys.stderr)
+        return 2
+    for row in report.table.itertuples():
+        print(f"{row.severity:8}{row.count:>9,}  {row.check}: {row.detail}")
+    print(report.verdict)
+    return int(report.fatal)
+
+
+def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Finding]:
+    """Yield findings on captions: without a word, cut by the tokenizer's context, shared between identities."""
+    empty = ~table["caption"].str.contains(r"\w")
+    yield finding(
+        "empty captions",
+        "fatal",
+        _places(table[empty]),
+        f"all {len(table):,} captions have words",
+        "Write them, or leave them out: -p drop_empty_captions true (here: --drop-empty-captions)",
+    )
+    lengths = pd.Series({caption: tokenizer.length(caption) for caption in table["caption"].unique()})
+    context = f"the {tokenizer.context_length} positions that the tokenizer has"
+    cut = table["caption"].map(lengths) > tokenizer.context_length
+    yield finding(
+        "captions longer than the context",
+        "warning",
+        _places(table[cut]),
+        f"none needs more than {context}, the longest {lengths.max()}",
+        f"They need more than {context}, so their ends are not read; the longest needs {lengths.max()}",
+    )
+    text = table["caption"].str.strip()
+    identities = table[~empty].groupby(text[~empty])["identity"].nunique()
+    copied = identities.index[identities > 1]
+    yield finding(
+        "captions copied onto other identities",
+        "warning",
+        _places(table[text.isin(copied)]),
+        "no text stands at two identities",
+        f"{len(copied):,} different texts; a query that fits two people counts one of them as wrong",
+    )
+
+
+def check_identities(table: pd.DataFrame) -> Iterator[Finding]:
+    """Yield findings on identities and images that stand where they should not."""
+    for things, column in (("identities", "identity"), ("images", "image")):
+        pairs = table[[column, "split"]].drop_duplicates()
+        pairs = pairs[pairs[column].duplicated(keep=False)]
+        splits = pairs.groupby(column)["split"].agg(list)
+        leak = any({"train", "test"} <= set(names) for names in splits)
+        yield finding(
+            f"{things} in two splits",
+            "fatal" if leak else "warning",
+            (f"{thing} ({', '.join(names)})" for thing, names in splits.items()),
+            "none",
+            "No model may be tested on what it was trained on" if leak else "",
+        )
+    names = table[["image", "identity"]].drop_duplicates()
+    names = names[names["image"].duplicated(keep=False)].groupby("image")["identity"].agg(list)
+    yield finding(
+        "images named by two identities",
+        "fatal",
+        (f"{image} ({', '.join(map(str, identities))})" for image, identities in names.items()),
+        "none",
+        "List each picture for the one person whom it shows",
+    )
+
+
+def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
+    """Yield the counts of each split beside the published ones, and which RSTPReid split this is.
+
+    Held-out validation identities count with train, as published; they have a row of their own as well.
+    """
+    held_out = table["held_out"] if "held_out" in table else pd.Series(False, index=table.index)
+    split = table["split"].mask(held_out, "train")
+    counts = {split: _counts(part) for split, part in table.groupby(split)}
+    if name == "RSTPReid":
+        name, version = _rstpreid_version(counts)
+        yield version
+    for split in SPLITS:
+        found, published = counts.get(split), PUBLISHED.get((name, split))
+        if found:
+            beside = "; as published" if found == published else f"; published are {_spoken(published)}"
+            severity = "ok" if found == published else "warning"
+            if published is None:
+                beside, severity = "; no published counts to compare with", "note"
+            yield f"counts of {split}", severity, found[2], _spoken(found) + beside
+        elif published or not held_out.any():
+            beside = f"; published are {_spoken(published)}" if published else ""
+            yield f"counts of {split}", "warning", 0, f"there is no {split} split{beside}"
+    if held_out.any():
+        found = _counts(table[held_out])
+        yield (
+            "counts of val",
+            "note",
+            found[2],
+            f"{_spoken(found)}, held out of train and counted there as well",
+        )
+
+
+def _places(rows: pd.DataFrame) -> list[str]:
+    return [f"{image} (record {record})" for image, record in zip(rows["image"], rows["record"])]
+
+
+def _counts(part: pd.DataFrame) -> tuple[int, int, int]:
+    return part["identity"].nunique(), part["image"].nunique(), len(part)
+
+
+def _spoken(counts: tuple[int, int, int] | None) -> str:
+    return "{:,} identities, {:,} images, {:,} captions".format(*counts) if counts else "none"
+
+
+def _rstpreid_version(counts: dict[str, tuple[int, int, int]]) -> tuple[str, Finding]:
+    check = "RSTPReid split version"
+    found = tuple(counts.get(split, (0,))[0] for split in SPLITS)
+    shown = " / ".join(map(str, found))
+    for name, words in (("RSTPReid", "the usual split"), (OLDER, "the older split; results do not compare")):
+        if found == tuple(PUBLISHED[name, split][0] for split in SPLITS):
+            return name, (check, "note", 0, f"{shown} identities: {words}")
+    known = "3701 / 200 / 200 or the older 3901 / 100 / 100"
+    return "RSTPReid", (check, "warning", 1, f"{shown} identities, expected {known}")
+
+
+def check_pictures(
+    folder: Path, table: pd.DataFrame, decode: bool, workers: int | None, progress: bool
+) -> Iterator[Finding]:
+    """Yield findings on the pictures of the image folder `folder` that a data set's table names."""
+    if not os.path.isdir(folder):
+        yield (
+            "image folder",
+            "fatal",
+            1,
+            f"{folder} is not a folder; put the pictures there or give their folder",
+        )
+        return
+    yield "image folder", "ok", 0, str(folder)
+    relative = pd.Series(table["image"].unique())
+    found = find_pictures(folder, relative)
+    folders = relative.str.rpartition("/")[0]
+    sizes = folders.value_counts()
+    absent = folders[found["folder_missing"]].value_counts()
+    yield finding(
+        "missing folders",
+        "fatal",
+        (f"{name} ({count:,} pictures)" for name, count in absent.items()),
+        f"all {len(sizes):,} folders are there",
+    )
+    missing = relative[found["missing"]]
+    parts = [
+        f"{name or 'image folder'}: {len(paths):,} of {sizes[name]:,}, such as {', '.join(paths[:EXAMPLES])}"
+        for name, paths in missing.groupby(folders[missing.index])
+    ]
+    severity = "fatal" if parts else "ok"
+    detail = "; ".join(parts) or f"all {len(relative):,} files are there"
+    yield "missing pictures", severity, len(missing), detail
+    yield finding("links out of the image folder", "note", relative[found["outside"]], "none")
+    present = relative[~found["missing"]].tolist()
+    if not decode:
+        yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
+        yield "identical pictures", "note", 0, "pictures were not decoded, and so not compared with each other"
+        return
+    decoded = decode_pictures(folder, present, workers, progress)
+    faults = decoded["fault"].dropna()
+    yield finding("unreadable pictures", "fatal", faults, f"all {len(present):,} decode in full")
+    yield from _identical(table, decoded["pixels"].dropna())
+
+
+def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
+    """Look for files without opening them, folder by folder.
+
+    Args:
+        images: the image folder.
+        relative: paths inside it, each once.
+
+    Returns:
+        Boolean columns with the index of `relative`: `missing` (no such file), `folder_missing` (nor its
+        folder), `outside` (a link of the user's leads out of `images`).
+    """
+    states = pd.DataFrame(False, index=relative.index, columns=["missing", "folder_missing", "outside"])
+    for folder, paths in relative.groupby(relative.str.rpartition("/")[0]):
+        try:
+            with os.scandir(images / folder) as entries:
+                links = {entry.name: entry.is_symlink() for entry in entries}
+        except OSError:
+            states.loc[paths.index, ["missing", "folder_missing"]] = True
+            continue
+        inside = not folder or _stays_inside(images, folder)
+        names = paths.str.rpartition("/")[2]
+        # Asking again covers file systems that do not tell A.jpg from a.jpg, and links that lead nowhere.
+        states.loc[paths.index, "missing"] = [
+            links.get(name, True) and not os.path.isfile(images / folder / name) for name in names
+        ]
+        states.loc[paths.index, "outside"] = [
+            not inside or (links.get(name, False) and not _stays_inside(images, path))
+            for name, path in zip(names, paths)
+        ]
+    return states
+
+
+def decode_pictures(images: Path, relative: list[str], workers: int | None, progress: bool) -> pd.DataFrame:
+    """Decode every picture in full, in parallel processes.
+
+    Args:
+        images: the image folder.
+        relative: paths inside it.
+        workers: number of processes; None for one a processor, but fewer than a thousand pictures are then
+            decoded in this process.
+        progress: show a bar.
+
+    Returns:
+        One row per picture, with the paths as index. `fault`: why it cannot be read, a sentence that begins with its
+        path; `pixels`: a hash of its size and RGB pixels. One of the two is None.
+
+    Raises:
+        ImageError: a decoding process died.
+    """
+    if workers is None:
+        workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
+    chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
+    rows = []
+    bound = {"initializer": end_with, "initargs": (os.getpid(),)}
+    jobs = Parallel(workers, return_as="generator", **bound)(delayed(_decode)(images, chunk) for chunk in chunks)
+    with progress_bar(len(relative), "decoding", "pictures", shown=progress) as bar:
+        try:
+            for chunk, found in zip(chunks, jobs):
+                rows += found
+                bar.update(len(chunk))
+        except TerminatedWorkerError:
+            raise ImageError(
+                f"a process that decoded pictures of {images} died; check again with more memory, or with "
+                "workers=1 to see at which picture"
+            ) from None
+    return pd.DataFrame(rows, index=relative, columns=["fault", "pixels"], dtype=object)
+
+
+def _decode(images: Path, relative: list[str]) -> list[tuple[str | None, bytes | None]]:
+    rows = []
+    for path in relative:
+        try:
+            picture = load_image(images / path)
+        except ImageError as error:
+            rows.append((str(error).replace(f"{images}{os.sep}", "", 1), None))
+        else:
+            digest = hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16)
+            rows.append((None, digest.digest()))
+    return rows
+
+
+def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
+    """Findings on pictures of the same pixels under different names, within and across splits."""
+    copies = table.drop_duplicates("image").assign(pixels=table["image"].map(pixels)).dropna(subset="pixels")
+    copies = copies[copies["pixels"].duplicated(keep=False)]
+    within, across = [], []
+    for _, rows in copies.groupby("pixels", sort=False):
+        several = rows["split"].nunique() > 1
+        shown = [f"{row.image} ({row.split}, identity {row.identity})" for row in rows[:EXAMPLES].itertuples()]
+        more = [f"{len(rows) - EXAMPLES:,} more"] if len(rows) > EXAMPLES else []
+        (across if several else within).append(" = ".join(shown + more))
+    advice = "Keep one of each; where the identities differ, one of them is wrong"
+    yield finding("identical pictures within a split", "warning", within, "none", advice)
+    yield finding("identical pictures in two splits", "warning", across, "none", advice)
+
+
+def _stays_inside(images: Path, relative: str) -> bool:
+    return Path(os.path.realpath(images / relative)).is_relative_to(os.path.realpath(images))
+
+
+def collect(dataset: str, findings: Iterable[Finding]) -> CheckReport:
+    """Put findings into one table, the worst first, otherwise in the order in which they came."""
+    table = pd.DataFrame(findings, columns=["check", "severity", "count", "detail"]).astype({"count": "int64"})
+    rank = table["severity"].map(SEVERITIES.index)
+    return CheckReport(dataset, table.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True))
+
+
+def finding(check: str, severity: str, found: Iterable[str], fine: str, advice: str = "") -> Finding:
+    """A row that counts what was found and names the first few, or says `fine` when there is nothing."""
+    found = list(found)
+    if not found:
+        return check, "ok", 0, fine
+    more = f" and {len(found) - EXAMPLES:,} more" if len(found) > EXAMPLES else ""
+    return (
+        check,
+        severity,
+        len(found),
+        "; ".join(found[:EXAMPLES]) + more + (f". {advice}." if advice else ""),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,560 @@
+"""Loading weights of any supported layout into a two-stream model or an IVT, with a report of what was loaded."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from open_clip.factory import HF_HUB_PREFIX
+from open_clip.pretrained import (
+    download_pretrained,
+    download_pretrained_from_hf,
+    get_pretrained_cfg,
+    list_pretrained_tags_by_model,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fmfa.errors import CheckpointError, ConfigError
+from fmfa.files import whole_file
+from fmfa.models.backbone import Grid, resize_positions, table_grid
+from fmfa.models.clip import ClipRetriever
+from fmfa.models.ivt import IvtRetriever
+from fmfa.models.weight_files import read_state_dict, require_numbers
+
+IRRA_HEADS = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
+TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+TBPS_CLIP = "TBPS-CLIP"
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's state dicts
+NOT_ENCODERS = ("clip.logit_scale", "clip.logit_bias")
+IMAGE_TOWER = "clip.visual."
+IMAGE_POSITIONS = f"{IMAGE_TOWER}positional_embedding"
+TEXT_POSITIONS = ("clip.positional_embedding", "clip.text.positional_embedding")
+NAMED, GROUPS = 3, 6  # tensors of the model, and kinds of names in the file, that an error shows
+State = Mapping[str, Tensor]
+PREFIX = "encoder_vl."
+TYPES = ("encoder_vl.type_embed",)  # which neither a ViT nor a BERT has
+POSITION_TABLES = ("encoder_vl.pos_embed", *TYPES)
+SHARED_WITH_VIT = ("cls_token", "pos_embed", "patch_embed.proj.", "norm.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a weight file and of the model.
+
+    Attributes:
+        loaded: the model's tensors that were copied as they are.
+        resized: the model's tensors that were copied after resizing.
+        left_out: tensors of the file that were not used.
+        missing: the model's tensors that the file does not have or that did not fit; they keep their
+            values.
+        reasons: by name, how a tensor was taken or why it was left out.
+        source: the file.
+        layout: of the names in the file, for example "IRRA" or "CLIP".
+    """
+
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]
+    left_out: tuple[str, ...]
+    missing: tuple[str, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    source: str = "weights"
+    layout: str = ""
+
+    def __str__(self) -> str:
+        """Several lines: the counts, then every tensor that was not simply loaded."""
+        layout = f" ({self.layout} layout)" if self.layout else ""
+        lines = [
+            f"{self.source}{layout}: {len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
+            f"{len(self.left_out)} left out, {len(self.missing)} missing"
+        ]
+        for what in ("loaded", "resized", "left_out", "missing"):
+            for name in getattr(self, what):
+                reason = self.reasons.get(name, "keeps its value" if what == "missing" else "")
+                if reason or what != "loaded":
+                    lines.append(f"  {what.replace('_', ' '):9} {name}" + (f": {reason}" if reason else ""))
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: ClipRetriever,
+    pretrained: str | Path | Mapping[str, Tensor],
+    *,
+    position_grid: Grid | None = None,
+) -> LoadReport:
+    """Load what fits of a weight file into a model, and say what happened to every tensor.
+
+    Understands files in IRRA's layout (IRRA, FMFA, NAM, HAM: CLIP under `base_model.`), OpenAI's, open_clip's and
+    TBPS-CLIP's (text encoder under `encode_text.`) CLIP files, and this project's checkpoints. Image positions of
+    another grid are resized bilinearly; text positions of a longer context are cut; any other tensor of another shape
+    is left out. Both encoders must get all of their tensors: only heads may be missing, such as an identity classifier
+    of another data set.
+
+    Args:
+        model: changed in place.
+        pretrained: a local file, a tag of open_clip for the model's backbone (`openai`),
+            `hf-hub:organisation/repository`, or tensors by name.
+        position_grid: (rows, columns) of the file's image positions; None decides by `table_grid`, where the file's own
+            record or picture size comes first, then the model's grid and that of the backbone's configuration.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: the file cannot be found, fetched or read safely; a tensor of an encoder is missing, of another
+            shape, or not of dense finite floating-point numbers; or the grid of the positions is not known. The model
+            is unchanged then.
+    """
+    if isinstance(pretrained, Mapping):
+        path, found = "the state dict", dict(pretrained)
+    else:
+        path = find_weights(pretrained, model.backbone)
+        found = read_state_dict(path)
+    own = model.state_dict()
+    layout = _layout(found)
+    custom_text = hasattr(model.clip, "text")
+    likely = _likely_grids(model, found, path)
+    loaded, resized, left_out, accepted, reasons, unfit = [], [], [], {}, {}, {}
+    for name, tensor in found.items():
+        if name in NOT_WEIGHTS:
+            continue
+        target = _own_name(name, layout, custom_text)
+        if target not in own:
+            left_out.append(name)
+            reasons[name] = "the model has no such tensor"
+            continue
+        require_numbers(name, tensor, path)
+        try:
+            fitted = _fitted(target, tensor, own[target], model, likely, position_grid)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if fitted is None:
+            left_out.append(name)
+            reasons[name] = unfit[target] = f"{list(tensor.shape)} in the file, {list(own[target].shape)} in the model"
+            continue
+        value, how = fitted
+        accepted[target] = value.reshape(own[target].shape)
+        (loaded if value is tensor else resized).append(target)
+        reasons |= {target: how} if how else {}
+    encoders = [name for name in own if name.startswith("clip.") and name not in NOT_ENCODERS]
+    image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
+    towers = {"image encoder": image, "text encoder": [name for name in encoders if name not in image]}
+    layouts = "OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project"
+    require_whole("CLIP", towers, accepted, found, path, layouts, unfit)
+    model.load_state_dict(accepted, strict=False)
+    missing = tuple(name for name in own if name not in accepted)
+    return LoadReport(tuple(loaded), tuple(resized), tuple(left_out), missing, reasons, source=str(path), layout=layout)
+
+
+def require_whole(
+    network: str,
+    parts: Mapping[str, Sequence[str]],
+    accepted: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str | Path,
+    layouts: str,
+    unfit: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuse weights that would leave a part of a network with its random values.
+
+    Args:
+        network: its name.
+        parts: its tensors by part.
+        accepted: what it gets.
+        found: the tensors of the file.
+        source: of the weights.
+        layouts: whose names are understood.
+        unfit: why a tensor of the file does not fit the network's of this name.
+
+    Raises:
+        CheckpointError: a tensor of a part is not among `accepted`; the message says what was looked for and what is
+            in the file.
+    """
+    for part, names in parts.items():
+        lost = [name for name in names if name not in accepted]
+        if not lost:
+            continue
+        fitting = sum(name in accepted for names in parts.values() for name in names)
+        fits = f"{fitting or 'none'} of its {len(found)} tensors fit{'s' * (fitting < 2)}"
+        wanted = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
+        wanted += " and more" * (len(lost) > NAMED)
+        groups: dict[str, list[str]] = {}
+        for name in found:
+            groups.setdefault(name.split(".")[0], []).append(name)
+        largest = sorted(groups.values(), key=len, reverse=True)
+        held = ", ".join(f"{len(group)} like {group[0]}" for group in largest[:GROUPS])
+        raise CheckpointError(
+            f"{source}: {fits} this model's {network}, whose {part} would keep random values in {len(lost)} of "
+            f"{len(names)} tensors; looked for {wanted}. "
+            f"The file has {held or 'no tensors'}. Expected weights of the same sizes with the names of {layouts}"
+        )
+
+
+def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
+    """The local file of some weights; a tag or hub name is fetched through open_clip, once.
+
+    Args:
+        pretrained: see `load_weights`.
+        backbone: name of the backbone that a tag belongs to.
+
+    Raises:
+        CheckpointError: neither a file nor a known tag, or the network cannot be reached.
+    """
+    text = str(pretrained)
+    if Path(text).is_file():
+        return Path(text)
+    tag = get_pretrained_cfg(backbone, text) if backbone else {}
+    try:
+        if text.startswith(HF_HUB_PREFIX):
+            return Path(download_pretrained_from_hf(text.removeprefix(HF_HUB_PREFIX)))
+        if tag:
+            return Path(download_pretrained(tag))
+    except Exception as error:  # the download clients raise many unrelated classes
+        raise CheckpointError(
+            f"the weights {text!r} of {backbone!r} cannot be fetched ({type(error).__name__}: {error}). "
+            "Without a network, fetch the file elsewhere and give its path instead of the name"
+        ) from error
+    known = list_pretrained_tags_by_model(backbone) if backbone else []
+    raise CheckpointError(
+        f"weights {text!r}: neither an existing file nor known for backbone {backbone!r} "
+        f"(its names: {', '.join(known) or 'none'}). Give the path of a local file, or hf-hub:..."
+    )
+
+
+def _layout(found: Mapping[str, Tensor]) -> str:
+    for prefix, layout in (("base_model.", "IRRA"), ("clip.", "fmfa"), ("encode_text.", TBPS_CLIP)):
+        if any(name.startswith(prefix) for name in found):
+            return layout
+    return "CLIP"
+
+
+def _own_name(name: str, layout: str, custom_text: bool) -> str:
+    if layout == "fmfa":
+        return name
+    if name.startswith(IRRA_HEADS):
+        return f"irr.{name}"
+    if name.startswith("classifier.") or (layout == "IRRA" and not name.startswith("base_model.")):
+        return name
+    for prefix in ("base_model.", "encode_text.", "text."):
+        name = name.removeprefix(prefix)
+    return f"clip.text.{name}" if custom_text and name.startswith(TEXT_TOWER) else f"clip.{name}"
+
+
+def _likely_grids(model: ClipRetriever, found: Mapping[str, Tensor], path: str | Path) -> list[dict[Grid, str]]:
+    """Grids for `table_grid`: what the file says of itself, then those of the model and of its backbone."""
+    said = {grid: "as recorded"} if (grid := recorded_grid(path)) else {}
+    patch = model.clip.visual.patch_size
+    with suppress(KeyError, RuntimeError, ValueError, OverflowError):  # OpenAI's files have the side of their pictures
+        side = int(found["input_resolution"])
+        said[side // patch[0], side // patch[1]] = "of the file's input_resolution"
+    size = model.config["backbone"]["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    own = {(height // patch[0], width // patch[1]): "the backbone's"}
+    return [said, own | {tuple(model.clip.visual.grid_size): "the model's"}]
+
+
+def _fitted(
+    target: str,
+    tensor: Tensor,
+    own: Tensor,
+    model: ClipRetriever,
+    likely: Sequence[Mapping[Grid, str]],
+    given: Grid | None,
+) -> tuple[Tensor, str] | None:
+    """The tensor, changed where it must be and can be, and how it was taken; None where it does not fit."""
+    same_width = tensor.dim() == own.dim() == 2 and tensor.shape[1] == own.shape[1]
+    if same_width and target == IMAGE_POSITIONS:
+        grid, what = table_grid(len(tensor) - 1, *likely, given=given)
+        return on_grid(tensor, grid, what, tuple(model.clip.visual.grid_size))
+    if same_width and target in TEXT_POSITIONS and len(tensor) > len(own):
+        return tensor[: len(own)], f"{len(tensor)} positions cut to the first {len(own)}"
+    return (tensor, "") if tensor.shape == own.shape or tensor.numel() == own.numel() == 1 else None
+
+
+def on_grid(table: Tensor, grid: Grid, what: str, target: Grid) -> tuple[Tensor, str]:
+    """A table of image positions [1 + N, D] of `grid`, which is `what`, on the grid `target`; and how it came there."""
+    spoken, positions = f"{grid[0]} x {grid[1]}", f"{len(table) - 1} positions"
+    if grid == target:
+        return table, f"{positions}, grid {spoken} ({what})"
+    resized = resize_positions(table, target, source_grid=grid)
+    return resized, f"{positions}, grid {spoken} to {target[0]} x {target[1]}, bilinear ({spoken}: {what})"
+
+
+def load_ivt(
+    model: IvtRetriever,
+    source: str | Path | State,
+    *,
+    positions: Literal["resize", "keep"] = "resize",
+    position_grid: Grid | None = None,
+) -> LoadReport:
+    """Load a released IVT checkpoint (fine-tuned or pre-trained), or any state dict with its names.
+
+    Only `encoder_vl.*` belongs to the retriever; the unused classifier, batch norm and temperature of
+    fine-tuned files and the fusion encoder of pre-trained ones are left out and listed.
+
+    Args:
+        model: receives the weights in place.
+        source: a file (torch's zip or legacy container, or safetensors) or the tensors by name.
+        positions: what happens to `pos_embed` and `type_embed` when the file's patch grid differs:
+            "resize" interpolates them, "keep" leaves the model's own values, as the released code does
+            without saying so.
+        position_grid: (rows, columns) of the file's tables; None decides by `table_grid`, where the file's own record
+            comes first, then the model's pictures at any stride.
+
+    Returns:
+        What was loaded, resized, left out, and what the model misses (keeps its own values).
+
+    Raises:
+        CheckpointError: the file cannot be read, a tensor of the model is missing, of another shape, or not of dense
+            finite floating-point numbers, or the grid of the tables is not known. The model is unchanged then.
+        ConfigError: `positions` is neither.
+    """
+    if positions not in ("resize", "keep"):
+        raise ConfigError(f"positions {positions!r}: use 'resize' or 'keep'")
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+    recorded = None if isinstance(source, Mapping) else recorded_grid(source)
+    strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
+    own = {replace(model.sizes, stride=stride).grid: f"these pictures at stride {stride}" for stride in strides}
+    likely = [{recorded: "as recorded"} if recorded else {}, own]
+    keep = positions == "keep"
+    return _copy(model, state, _name(source), "IVT", likely, position_grid, POSITION_TABLES if keep else (), keep)
+
+
+def start_from_vit_and_bert(
+    model: IvtRetriever, vit: str | Path | State, bert: str | Path | State, *, position_grid: Grid | None = None
+) -> LoadReport:
+    """Start IVT from an ImageNet ViT and a BERT, as the released training does.
+
+    The ViT gives class token, positions (resized), patch stem, attention, norms and the image MLPs; BERT
+    gives the text stem and the text MLPs. Attention and norms of BERT's layers and the ViT's head are not
+    used; `type_embed` keeps its random values.
+
+    Args:
+        model: receives the weights in place.
+        vit: a file or state dict with timm's names, or the name of a timm model to download.
+        bert: a file or state dict with transformers' names (with or without `bert.`, LayerNorm weights
+            also as `gamma` and `beta`), or the name of a hub model to download.
+        position_grid: (rows, columns) of the ViT's positions; None takes a square.
+
+    Returns:
+        As `load_ivt`; tensors without a place in IVT are listed after `vit:` or `bert:`.
+
+    Raises:
+        CheckpointError: a name cannot be fetched, or as in `load_ivt`.
+    """
+    state = _from_vit(_state_of(vit, _download_vit)) | _from_bert(_state_of(bert, _download_bert))
+    squares = dict.fromkeys(((side, side) for side in range(1, 65)), "square, as a ViT's")
+    return _copy(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", [squares], position_grid, TYPES)
+
+
+def _copy(
+    model: IvtRetriever,
+    state: dict[str, Tensor],
+    source: str,
+    layout: str,
+    likely: Sequence[Mapping[Grid, str]],
+    given: Grid | None,
+    may_miss: Sequence[str] = (),
+    keep: bool = False,
+) -> LoadReport:
+    own = model.state_dict()
+    accepted, resized, left_out, reasons = {}, [], [], {}
+    for name, value in state.items():
+        if name not in own:
+            left_out.append(name)
+            reasons[name] = "the model has no such tensor"
+            continue
+        require_numbers(name, value, source)
+        ours = own[name].shape
+        if name in POSITION_TABLES and value.dim() == 3 and value.shape[::2] == ours[::2]:
+            count = value.shape[1] - 1
+            if keep and value.shape != ours:
+                left_out.append(name)
+                reasons[name] = f"{count} positions of another grid; the model keeps its own values"
+                continue
+            try:
+                grid, what = table_grid(count, *likely, given=given)
+            except ConfigError as error:
+                raise CheckpointError(f"{source}: {name}: {error}") from error
+            accepted[name], reasons[name] = on_grid(value[0], grid, what, model.sizes.grid)
+            accepted[name] = accepted[name][None]
+            resized += [name] * (grid != model.sizes.grid)
+        elif value.shape != ours:
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(value.shape)}, in the model {tuple(ours)}; "
+                "build the model with the file's sizes (width, patch, vocabulary, text positions)"
+            )
+        else:
+            accepted[name] = value
+    wanted = {"encoder": [name for name in own if name not in may_miss]}
+    require_whole("IVT", wanted, accepted, state, source, "IVT (released or of this project), or timm's ViT and BERT")
+    model.load_state_dict(accepted, strict=False)
+    return LoadReport(
+        loaded=tuple(name for name in accepted if name not in resized),
+        resized=tuple(resized),
+        left_out=tuple(left_out),
+        missing=tuple(name for name in own if name not in accepted),
+        reasons=reasons,
+        source=source,
+        layout=layout,
+    )
+
+
+def _from_vit(state: State) -> dict[str, Tensor]:
+    def renamed(name: str) -> str:
+        if name.startswith(SHARED_WITH_VIT):
+            return PREFIX + name
+        if name.startswith("blocks."):
+            return PREFIX + name.replace(".mlp.", ".mlp_vis.")
+        return f"vit:{name}"
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def _from_bert(state: State) -> dict[str, Tensor]:
+    feed_forward = {"intermediate": "fc1", "output": "fc2"}
+
+    def renamed(name: str) -> str:
+        parts = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias").split(".")
+        if parts[0] == "embeddings" and parts[-1] != "position_ids":
+            return PREFIX + ".".join(parts)
+        match parts:
+            case ["encoder", "layer", block, "intermediate" | "output" as linear, "dense", kind]:
+                return f"{PREFIX}blocks.{block}.mlp_txt.{feed_forward[linear]}.{kind}"
+        return f"bert:{name}"
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def _state_of(source: str | Path | State, download: Callable[[str], State]) -> State:
+    if isinstance(source, Mapping):
+        return source
+    return read_state_dict(source) if Path(source).is_file() else download(str(source))
+
+
+def _download_vit(name: str) -> State:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise _unfetched(name, "timm", "a ViT state dict with timm's names") from error
+
+
+def _download_bert(name: str) -> State:
+    from transformers import BertModel
+
+    try:
+        return BertModel.from_pretrained(name).state_dict()
+    except Exception as error:
+        raise _unfetched(name, "the Hugging Face hub", "a BERT state dict (model.safetensors)") from error
+
+
+def _unfetched(name: str, where: str, file: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r}: no such file here, and no model of this name could be fetched from {where}; without a "
+        f"network, give the path of {file}"
+    )
+
+
+def _name(source: str | Path | State) -> str:
+    return "state dict" if isinstance(source, Mapping) else str(source)
+
+
+def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:
+    """Write weights as safetensors with their record, and the record once more as JSON beside it.
+
+    Each file is written to a temporary name, flushed to disk and renamed, so an interruption leaves the
+    old or the new checkpoint, never half of one. The safetensors file carries its own record, so the two
+    cannot disagree.
+
+    Args:
+        path: ends in `.safetensors`; the JSON file has the same stem.
+        weights: a module or its state dict.
+        record: what JSON can hold; a retriever's `config` belongs under "model".
+
+    Raises:
+        CheckpointError: another suffix, or a record that JSON cannot hold.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: own checkpoints end in .safetensors")
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the record cannot be written as JSON: {error}") from error
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        save_file(state, part, metadata={"record": text})
+    with whole_file(path.with_suffix(".json")) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights (on the CPU) and record of an own checkpoint.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, or without a record.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    except Exception as error:  # of a damaged file the readers raise nearly anything
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project ({type(error).__name__}: {error}); expected a "
+            ".safetensors file with its record"
+        ) from error
+
+
+def recorded_model(path: str | Path) -> dict:
+    """What an own checkpoint records of its model; empty for any other file or source."""
+    with suppress(Exception), safe_open(path, framework="pt") as file:
+        return dict(json.loads(file.metadata()["record"])["model"])
+    return {}
+
+
+def recorded_grid(path: str | Path) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model of an own checkpoint; None where that is not known."""
+    model = recorded_model(path)
+    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+        patch = model["patch"] if "patch" in model else model["backbone"]["vision_cfg"].get("patch_size", 16)
+        height, width = ((int(side) - patch) // model["stride"] + 1 for side in model["image_size"])
+        return height, width
+    return None
+
+
+def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict]:
+    """Rebuild the retriever of an own checkpoint whose record has its `config` under "model".
+
+    A configuration with a `backbone` is a `ClipRetriever`'s, one with a `patch` an `IvtRetriever`'s.
+
+    Returns:
+        The model in evaluation mode, and the record.
+
+    Raises:
+        CheckpointError: not such a checkpoint, or weights that do not fit the recorded model or are not dense finite
+            floating-point numbers.
+    """
+    state, record = read_checkpoint(path)
+    for name, tensor in state.items():
+        require_numbers(name, tensor, path)
+    try:
+        model = _kind(record["model"]).from_config(record["model"])
+        model.load_state_dict(state)
+    except Exception as error:  # a record holds anything
+        raise CheckpointError(f"{path}: its record does not describe its weights: {error}") from error
+    return model.eval(), record
+
+
+def _kind(config: Mapping) -> type[ClipRetriever] | type[IvtRetriever]:
+    for name, kind in (("backbone", ClipRetriever), ("patch", IvtRetriever)):
+        if name in config:
+            return kind
+    raise KeyError(f"{', '.join(config)}: neither a two-stream model's `backbone` nor IVT's `patch` among them")

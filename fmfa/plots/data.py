@@ -1,0 +1,187 @@
+"""Figures of a data set: what is in it, and what SimPEDES knows about itself."""
+
+import textwrap
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from fmfa.data.annotations import Dataset
+from fmfa.data.images import load_image, resolve_image
+from fmfa.simpedes.canvas import PARTS
+from fmfa.simpedes.people import ATTRIBUTES
+from fmfa.simpedes.truth import read_parts, read_truth
+
+# What the papers say of their captions; CUHK-PEDES: Li et al., CVPR 2017; ICFG-PEDES: Ding et al., arXiv 2107.12666;
+# RSTPReid: Zhu et al., ACM MM 2021 (gives a minimum of 23 words, no mean).
+PUBLISHED_CAPTIONS = pd.DataFrame(
+    [("CUHK-PEDES", 23.5, 9408), ("ICFG-PEDES", 37.2, 5554)], columns=["data set", "mean words", "vocabulary"]
+)
+PART_COLOURS = ("#000000", "#555555", "#f0c8a0", "#5b3a1e", "#0072b2", "#00e5ff", "#cc79a7", "#009e73", "#005f43",
+                "#b2df8a", "#56b4e9", "#d55e00", "#f0e442", "#ff7fbf")  # fmt: skip
+
+
+def use_style() -> None:
+    """Set the look of every figure (light grid, colour-blind palette, readable in print), and show tables in full."""
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.9)
+    plt.rcParams["figure.dpi"] = 90
+    for limit in ("max_rows", "max_columns", "max_colwidth"):
+        pd.set_option(f"display.{limit}", None)
+
+
+def words(captions: pd.Series) -> pd.Series:
+    """Return the words of each caption: lower case, letters with inner apostrophes and hyphens."""
+    return captions.str.lower().str.findall(r"[^\W_]+(?:['-][^\W_]+)*")
+
+
+def plot_counts(dataset: Dataset) -> Figure:
+    """Show how many pictures an identity and how many captions a picture has, by split."""
+    table = dataset.table
+    images = table.groupby(["split", "identity"], observed=True)["image"].nunique().rename("images per identity")
+    captions = table.groupby(["split", "image"], observed=True).size().rename("captions per image")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    for axis, counts in zip(axes, (images, captions), strict=True):
+        share = counts.groupby("split", observed=True).value_counts(normalize=True).mul(100).rename("share")
+        sns.barplot(
+            share.reset_index(),
+            x=counts.name,
+            y="share",
+            hue="split",
+            hue_order=dataset.table["split"].unique(),
+            ax=axis,
+        )
+        axis.set(ylabel="share within split (%)", ylim=(0, 105))
+        sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
+    """Show caption lengths and how the vocabulary grows, beside what the papers publish; returns the table too."""
+    found = words(dataset.table["caption"])
+    lengths = found.str.len()
+    vocabulary = Counter(word for caption in found for word in caption)
+    seen: set[str] = set()
+    growth = [len(seen.update(caption) or seen) for caption in found]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    sns.histplot(x=lengths, discrete=True, stat="percent", ax=axes[0], color="C0")
+    for (name, mean, _), style in zip(PUBLISHED_CAPTIONS.itertuples(index=False), ("--", ":"), strict=True):
+        axes[0].axvline(mean, color="black", linestyle=style, label=f"{name}, published mean {mean}")
+    axes[0].axvline(lengths.mean(), color="C3", label=f"here, mean {lengths.mean():.1f}")
+    axes[0].set(xlabel="words per caption", ylabel=f"share of n = {len(lengths):,} captions (%)")
+    axes[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    axes[1].plot(np.arange(1, len(growth) + 1), growth, color="C0")
+    axes[1].set(xlabel="captions read", ylabel="different words", xscale="log")
+    table = pd.concat(
+        [
+            PUBLISHED_CAPTIONS.assign(origin="published, not measured here"),
+            pd.DataFrame([{"data set": dataset.name, "mean words": lengths.mean().round(1),
+                           "vocabulary": len(vocabulary), "shortest": lengths.min(), "longest": lengths.max(),
+                           "origin": "measured here"}]),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+    return figure, table
+
+
+def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0, columns: int = 4) -> Figure:
+    """Show pictures drawn at random from a split, each with its first caption."""
+    rows = dataset.split(split).drop_duplicates("image")
+    rows = rows.sample(min(count, len(rows)), random_state=np.random.default_rng(seed))
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(lines, 2 * columns, figsize=(13, 2.6 * lines), width_ratios=[1, 2] * columns,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, row in enumerate(rows.itertuples(index=False)):
+        picture, text = axes[place // columns, 2 * (place % columns) : 2 * (place % columns) + 2]
+        picture.imshow(load_image(resolve_image(dataset.images, row.image)), interpolation="nearest")
+        caption = textwrap.fill(row.caption, 30, max_lines=10, placeholder=" ...")
+        text.text(0, 0.98, f"identity {row.identity}\n{caption}", va="top", fontsize=8, transform=text.transAxes,
+                  parse_math=False)  # fmt: skip
+    return figure
+
+
+def plot_part_maps(root: str | Path, split: str, count: int = 10, seed: int = 0) -> Figure:
+    """Show SimPEDES pictures above their true part maps."""
+    maps = read_parts(root, split)
+    paths = np.random.default_rng(seed).choice(list(maps), size=min(count, len(maps)), replace=False)
+    figure, axes = plt.subplots(2, len(paths), figsize=(1.15 * len(paths) + 1.6, 6.4), layout="constrained")
+    colours = ListedColormap(PART_COLOURS)
+    for column, path in enumerate(paths):
+        axes[0, column].imshow(load_image(Path(root) / "imgs" / path), interpolation="nearest")
+        shown = axes[1, column].imshow(
+            maps[path], cmap=colours, vmin=-0.5, vmax=len(PARTS) - 0.5, interpolation="nearest"
+        )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    bar = figure.colorbar(shown, ax=axes, ticks=range(len(PARTS)), fraction=0.02)
+    bar.ax.set_yticklabels(PARTS)
+    return figure
+
+
+def plot_attributes(root: str | Path, split: str) -> Figure:
+    """Show how often each attribute value occurs among the identities of a SimPEDES split."""
+    people = pd.DataFrame({r["id"]: r["attributes"] for r in read_truth(root, split)}).T
+    shown = ("gender", "hair_style", "hair_colour", "headwear", "glasses", "top", "top_colour", "outer", "lower",
+             "lower_colour", "shoes", "bag")  # fmt: skip
+    figure, axes = plt.subplots(3, 4, figsize=(13, 8.5), layout="constrained")
+    for axis, name in zip(axes.flat, shown, strict=True):
+        share = people[name].value_counts(normalize=True) * 100
+        sns.barplot(x=share.to_numpy(), y=share.index, ax=axis, color="C0")
+        axis.set(title=name.replace("_", " "), xlabel="", ylabel="")
+    figure.supxlabel(f"share of n = {len(people):,} identities (%)")
+    return figure
+
+
+def plot_families(root: str | Path, split: str, count: int = 5) -> Figure:
+    """Show families of look-alikes side by side, with the attributes in which they differ."""
+    families: dict[str, dict[int, dict]] = {}
+    for record in read_truth(root, split):
+        families.setdefault(record["family"], {}).setdefault(record["id"], record)
+    chosen = [list(f.values()) for f in families.values() if len(f) > 1][:count]
+    size = max(map(len, chosen))
+    figure, axes = plt.subplots(1, len(chosen) * size, figsize=(1.35 * len(chosen) * size, 4.4), layout="constrained")
+    for axis in axes:
+        axis.set_axis_off()
+    for k, family in enumerate(chosen):
+        for j, record in enumerate(family):
+            axes[k * size + j].imshow(load_image(Path(root) / "imgs" / record["file_path"]), interpolation="nearest")
+            axes[k * size + j].set_title(f"id {record['id']}", fontsize=8)
+        differing = sorted({n for a, b in combinations(family, 2) for n in ATTRIBUTES
+                            if a["attributes"][n] != b["attributes"][n]})  # fmt: skip
+        lines = [f"{n}: " + " / ".join(r["attributes"][n] for r in family) for n in differing]
+        axes[k * size].text(0, -0.06, "\n".join(textwrap.fill(line, 30) for line in lines), va="top", fontsize=7,
+                            transform=axes[k * size].transAxes)  # fmt: skip
+    return figure
+
+
+def family_differences(root: str | Path, split: str) -> pd.DataFrame:
+    """Return how often look-alikes differ in each attribute (share of pairs, %)."""
+    families: dict[str, dict[int, dict]] = {}
+    for record in read_truth(root, split):
+        families.setdefault(record["family"], {})[record["id"]] = record["attributes"]
+    pairs = [pair for family in families.values() for pair in combinations(family.values(), 2)]
+    counts = Counter(name for a, b in pairs for name in ATTRIBUTES if a[name] != b[name])
+    table = pd.DataFrame(counts.most_common(), columns=["attribute", "pairs"])
+    return table.assign(share=(100 * table["pairs"] / max(len(pairs), 1)).round(1)).rename(
+        columns={"share": "share (%)"}
+    )
+
+
+def mistake_rates(root: str | Path, split: str) -> pd.DataFrame:
+    """Return phrases, and injected mistakes, by the part that a phrase speaks of."""
+    rows = [
+        {"part": phrase["part"], "phrases": 1, "mistakes": bool(phrase["mistakes"])}
+        for record in read_truth(root, split)
+        for caption in record["captions"]
+        for phrase in caption["phrases"]
+    ]
+    table = pd.DataFrame(rows).groupby("part").sum().sort_values("phrases", ascending=False)
+    table.loc["all"] = table.sum()
+    return table.assign(**{"rate (%)": (100 * table["mistakes"] / table["phrases"]).round(2)})

@@ -1,0 +1,183 @@
+"""Figures that set trained systems side by side: what they find, their similarities, their shared space."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from torch.nn import functional as F
+
+from fmfa.data.images import load_image, resolve_image
+from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
+from fmfa.plots.retrieval import HIT, MISS
+from fmfa.simpedes.ceiling import told_truly
+from fmfa.simpedes.truth import is_simpedes, read_truth
+
+PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
+
+
+def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: int = 0) -> list[int]:
+    """Draw captions whose person some systems find first and others do not; of one system, captions that it misses.
+
+    Returns:
+        Row positions in the evaluations' `rows`, ascending; fewer than `count` where there are fewer.
+    """
+    hits = np.stack([e.metrics[TEXT_TO_IMAGE].first_rank == 1 for e in evaluations.values()])
+    differing = hits.any(axis=0) != hits.all(axis=0) if len(hits) > 1 else ~hits[0]
+    rows = np.flatnonzero(differing)
+    return sorted(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False).tolist())
+
+
+def plot_side_by_side(
+    evaluations: Mapping[str, Evaluation], images: str | Path, split: str, query: int, k: int = 10
+) -> Figure:
+    """Show the k best pictures of one caption under each system, one line a system (FMFA, TOMM 2026, Figures 6 to 8).
+
+    Right persons are framed green and ticked, others red and crossed; on SimPEDES, below each wrong person stands what
+    the caption rules out in it.
+
+    Args:
+        evaluations: by the system's name, all of the same split.
+        images: folder that the column `image` is relative to.
+        split: that was evaluated.
+        query: row position of the caption.
+        k: pictures a system.
+    """
+    row = next(iter(evaluations.values())).rows.iloc[query]
+    wrong = _contradictions(Path(images).parent, split, row["image"], row["caption"])
+    figure, lines = plt.subplots(len(evaluations), k + 1, figsize=(1.12 * k + 1.6, 3.35 * len(evaluations) + 0.7),
+                                 squeeze=False, layout="constrained")  # fmt: skip
+    figure.suptitle(textwrap.fill(row["caption"], 125), fontsize=9, parse_math=False)
+    for (wanted, *places), (name, evaluation) in zip(lines, evaluations.items()):
+        _picture(wanted, resolve_image(images, row["image"]), "wanted", "0.6")
+        rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
+        wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
+        for axis in places:
+            axis.set_axis_off()
+        matches = evaluation.top_matches(query, k).itertuples(index=False)
+        for place, (axis, match) in enumerate(zip(places, matches), start=1):
+            mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
+            _picture(axis, resolve_image(images, match.image), f"{place} {mark}", colour)
+            if wrong and not match.hit:
+                axis.set_xlabel(wrong[match.identity], fontsize=6.5)
+    return figure
+
+
+def _contradictions(root: Path, split: str, image: str, caption: str) -> dict[int, str]:
+    """For each identity, the attributes in which it contradicts what a caption of SimPEDES truly tells."""
+    if not is_simpedes(root):
+        return {}
+    records = list(read_truth(root, split))
+    written = next(c for r in records if r["file_path"] == image for c in r["captions"] if c["text"] == caption)
+    told = told_truly(written)
+    people = {record["id"]: record["attributes"] for record in records}
+    return {
+        identity: _listed(
+            [f"{name.replace('_', ' ')}: {values[name]}" for name in told if values[name] not in told[name]]
+        )
+        for identity, values in people.items()
+    }
+
+
+def _listed(lines: list[str], most: int = 4) -> str:
+    shown = lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+    return "\n".join(textwrap.fill(line, 17) for line in shown) or "(all that is\ntold fits)"
+
+
+def _picture(axis: Axes, path: Path, title: str, colour: str) -> None:
+    axis.set_axis_on()
+    axis.imshow(load_image(path))
+    axis.grid(False)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8, color="black" if colour == "0.6" else colour)
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=colour, linewidth=3)
+
+
+def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0, most: int = 2000) -> Figure:
+    """Show the cosines of captions with pictures of their person and of others, one panel a system.
+
+    Args:
+        evaluations: by the system's name.
+        seed: of the draw of captions.
+        most: captions drawn, each against the whole gallery.
+    """
+    figure, axes = plt.subplots(1, len(evaluations), figsize=(4.6 * len(evaluations) + 0.6, 3.4), squeeze=False,
+                                sharey=True, layout="constrained")  # fmt: skip
+    for axis, (name, evaluation) in zip(axes[0], evaluations.items()):
+        total = len(evaluation.rows)
+        chosen = np.random.default_rng(seed).choice(total, min(most, total), replace=False)
+        text = F.normalize(evaluation.text_features[torch.from_numpy(chosen)], dim=1)
+        cosine = (text @ F.normalize(evaluation.image_features, dim=1).T).numpy()
+        own = evaluation.rows["identity"].to_numpy()[chosen][:, None] == evaluation.gallery["identity"].to_numpy()
+        edges = np.linspace(cosine.min(), cosine.max(), 60)
+        for values, label, style in ((cosine[own], "matched", "-"), (cosine[~own], "unmatched", "--")):
+            axis.hist(values, edges, density=True, histtype="step", linestyle=style, linewidth=1.8,
+                      label=f"{label}, n = {values.size:,}")  # fmt: skip
+        axis.set_title(name, parse_math=False)
+        axis.set_xlabel("cosine of caption and picture")
+        axis.legend(fontsize=8, loc="upper left")
+    axes[0, 0].set_ylabel("density of pairs")
+    return figure
+
+
+def plot_joint_space(
+    evaluation: Evaluation, images: str | Path, split: str, families: int = 6, seed: int = 0
+) -> Figure:
+    """Show captions and pictures of some families of look-alikes, laid out in a plane by t-SNE (scikit-learn).
+
+    Each modality's mean is taken away from the unit vectors first, since the gap between pictures and captions would
+    set the two apart; its size is in the title. t-SNE keeps neighbours together; its distances and axes mean nothing.
+
+    Args:
+        evaluation: of a SimPEDES split.
+        images: its picture folder.
+        split: that was evaluated.
+        families: how many are drawn.
+        seed: of the draw.
+    """
+    family = {r["id"]: r["family"] for r in read_truth(Path(images).parent, split)}
+    names = list(dict.fromkeys(family.values()))
+    chosen = np.random.default_rng(seed).choice(names, min(families, len(names)), replace=False).tolist()
+    sides, means = [], []
+    for kind, table, features in (
+        ("picture", evaluation.gallery, evaluation.image_features),
+        ("caption", evaluation.rows, evaluation.text_features),
+    ):
+        of = table["identity"].map(family)
+        kept = of.isin(chosen).to_numpy()
+        unit = F.normalize(features[torch.tensor(kept)], dim=1)
+        means.append(unit.mean(dim=0))
+        people = table["identity"].to_numpy()[kept]
+        sides.append(
+            (unit - means[-1], pd.DataFrame({"kind": kind, "family": of.to_numpy()[kept], "identity": people}))
+        )
+    vectors, table = torch.cat([unit for unit, _ in sides]), pd.concat([t for _, t in sides], ignore_index=True)
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    table[["x", "y"]] = TSNE(perplexity=perplexity, metric="cosine", random_state=seed).fit_transform(vectors.numpy())
+    gap = float((means[0] - means[1]).norm())
+    figure, axis = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+    for place, name in enumerate(chosen):
+        members, colour = table[table["family"] == name], f"C{place % 10}"
+        for kind, marker, face in (("picture", "o", colour), ("caption", "^", "none")):
+            found = members[members["kind"] == kind]
+            axis.scatter(found["x"], found["y"], marker=marker, s=30, edgecolors=colour, facecolors=face)
+        centre = members[["x", "y"]].median()
+        box = {"boxstyle": "circle", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
+        axis.annotate(str(place + 1), centre, fontsize=12, weight="bold", ha="center", va="center", bbox=box)
+    counts = table["kind"].value_counts()
+    axis.set(
+        xlabel=f"t-SNE (cosine, perplexity {perplexity:.0f}): neighbours stand together, distances have no unit",
+        xticks=[],
+        yticks=[],
+        title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "
+        f"gap between the modalities' means {gap:.2f}",
+    )
+    axis.title.set_size(9)
+    return figure

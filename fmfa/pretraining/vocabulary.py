@@ -1,0 +1,98 @@
+"""The small vocabularies: the text that they are learnt from, and how.
+
+`python -m fmfa.pretraining.vocabulary data/vocabulary.json` makes the shipped vocabulary.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import models, trainers
+
+from fmfa.errors import ConfigError
+from fmfa.pretraining.stream import web_pair
+from fmfa.simpedes.generate import DOMAINS, pictures, recipe
+from fmfa.text.bytepair import (
+    _WORDS,
+    END,
+    MASK,
+    PAD,
+    START,
+    _byte_characters,
+    _byte_level,
+    clean_caption,
+)
+from fmfa.text.wordpiece import SPECIAL, _uncased
+
+
+def vocabulary_corpus(seed: int = 0, identities: int = 240, web: int = 4000) -> Iterator[str]:
+    """Yield captions of training identities of both domains and alt-texts of the stream."""
+    for domain in DOMAINS:
+        for record, _, _ in pictures(recipe("standard", domain, seed, images=2), "train", 0, identities):
+            yield from (caption["text"] for caption in record["captions"])
+    for index in range(web):
+        yield web_pair(seed, index)[1]
+
+
+def train_small_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:
+    """Learn a byte-pair vocabulary of at most `size` ids and write it as a `tokenizers` JSON file.
+
+    Ids: 0 padding, 1..256 the bytes, then the merges in the order in which they were learnt, then mask,
+    start and end. Fewer than `size` ids result where no pair of pieces occurs twice any more. Pieces
+    carry no end-of-word mark, which would cost 256 more ids. The file depends on the arguments only.
+
+    Raises:
+        ConfigError: `size` has no room for the bytes and the four special tokens.
+    """
+    alphabet = list(_byte_characters().values())
+    if size < len(alphabet) + 4:
+        raise ConfigError(
+            f"a vocabulary of {size} ids cannot hold {len(alphabet)} bytes and 4 special tokens; "
+            f"ask for at least {len(alphabet) + 4}"
+        )
+    learner = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 4,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        special_tokens=[],
+        show_progress=False,
+    )
+    words = (word for caption in captions for word in _WORDS.findall(clean_caption(caption)))
+    learner.train_from_iterator(words, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [PAD, *alphabet, *map("".join, merges), MASK, START, END]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    _byte_level(models.BPE(vocab=vocabulary, merges=merges)).save(str(path))
+
+
+def train_wordpiece_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:
+    """Learn an uncased WordPiece vocabulary of at most `size` pieces and write it as a `vocab.txt`.
+
+    The special tokens come first (`[PAD]` is 0), then every letter alone and inside a word, then the
+    pieces in the order in which they were learnt. The result depends on the arguments only.
+
+    Raises:
+        ConfigError: `size` is too small for the special tokens and letters alone.
+    """
+    captions = list(captions)
+    pieces = _uncased(models.WordPiece(unk_token="[UNK]"))
+    letters = sorted({letter for caption in captions for letter in pieces.normalizer.normalize_str(caption)})
+    letters = [letter for letter in letters if not letter.isspace()]
+    # The trainer numbers letters inside words in hash order and breaks ties by number, so they are
+    # numbered for it here.
+    numbered = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    if len(numbered) > size:
+        raise ConfigError(
+            f"a vocabulary of {size} pieces cannot hold the {len(numbered)} special tokens and letters of "
+            "the captions; ask for more pieces"
+        )
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=numbered, show_progress=False)
+    pieces.train_from_iterator(captions, trainer)
+    vocabulary = pieces.get_vocab()
+    Path(path).write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    train_small_vocabulary(vocabulary_corpus(), 1024, sys.argv[1])

@@ -1,0 +1,1 @@
+"""The study: its definition, its results, and what they say."""

@@ -1,0 +1,273 @@
+"""The papers' claims, the controls and the oracles as comparisons of rows, each with a verdict in one sentence."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from fmfa.errors import ConfigError
+from fmfa.evaluation.statistics import RowComparison, further_run, holm, holm_levels
+from fmfa.study.levels import published_gains
+from fmfa.study.results import CHANCE, Rows, finished_evaluation, read_rows, references
+
+CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
+SHIPPED = CLAIMS.parent / "results" / "standard"  # the rows of the study with several seeds each
+LEVEL = 0.05
+HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "cannot be told apart", "not run"
+ONE_SEED = "one seed: no verdict"
+VERDICTS = (HOLDS, FAILS, UNCLEAR, ONE_SEED, MISSING)
+_SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), UNCLEAR: (UNCLEAR, UNCLEAR),
+           ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
+           MISSING: ("was not run", "were not run")}  # fmt: skip
+AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
+SIDES = ("above", "below", "not above")
+
+
+def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
+    """Each claim of `data/claims.yml` with what was published, what was measured, and a verdict.
+
+    Args:
+        results: folder with one folder a run.
+        split: of the comparison.
+        seed: of the bootstrap and the permutations.
+        kind: "claims" of the papers, "controls" that must come out, "oracles" that use the true part maps, or "forms",
+            where paper and released code differ.
+
+    Returns:
+        One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
+        not measured here); `R@1 difference`, `low`, `high` and `p` are measured over seeds and identities as in
+        `comparisons.rows_paired_table`; `p (Holm)`, `low (Holm)` and `high (Holm)` are corrected over the table's
+        claims that were run with several seeds (`comparisons.corrected_columns`). `verdict` is "holds" or "does not
+        hold" if the corrected p value is at most 0.05, by the sign of the difference, else "cannot be told apart";
+        "one seed: no verdict", and "not run". A control is "as it must be", "not as it must be", or one of the last
+        three.
+
+    Raises:
+        ConfigError: two runs were evaluated on different queries, or no such kind.
+    """
+    claims, rows = read_claims(kind), read_rows(results, split)
+    compared = [rows.compare(claim["row"], claim["minus"], seed=seed) for claim in claims]
+    lines = [_measured(rows, claim, one) for claim, one in zip(claims, compared, strict=True)]
+    table = pd.DataFrame(lines).join(corrected_columns(compared))
+    found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
+    table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
+    beside = ["single", "level", "other", "further_low", "further_high"]
+    table = table.drop(columns=["p (these networks)", "effect size", *beside], errors="ignore")
+    first = [name for name in ("paper", "claim", "verdict", "in words") if name in table]
+    return table[[*first, *table.columns.drop(first)]]
+
+
+def claims_in_short(results: str | Path, table: pd.DataFrame, split: str = "test") -> str:
+    """Say in one paragraph what a table of claims says: on which data, over how many seeds, and which verdicts.
+
+    Args:
+        results: folder that the table was made of.
+        table: of `claims_table`.
+        split: of the comparison.
+    """
+    rows, told = read_rows(results, split), []
+    if not rows.runs:
+        return "no run was evaluated."
+    for verdict in VERDICTS:
+        names = [claim.rstrip(".") for claim in table.loc[table["verdict"] == verdict, "claim"]]
+        listed = f" ({'; '.join(names)})" if verdict in (HOLDS, FAILS) else ""
+        told += [f"{len(names)} {_SPOKEN[verdict][len(names) > 1]}{listed}"] if names else []
+    people, seeds = len(np.unique(rows.identity)), table.loc[table["seeds"] > 0, "seeds"]
+    tested = finished_evaluation(next(iter(rows.folders.values())), split).get("dataset")
+    counted = f", {seeds_in_words(seeds)} per row" if len(seeds) else ""
+    corrected = "; corrected for the number of claims (Holm, 5 %)" if table["p (Holm)"].notna().any() else ""
+    draw = " One seed is one draw: another training would give other numbers." if 1 in set(seeds) else ""
+    return (
+        f"{tested}, {len(rows.identity):,} queries of {people:,} identities{counted}. Of {len(table)} claims of the "
+        f"papers {', '.join(told)}{corrected}.{draw}"
+    )
+
+
+def seeds_in_words(counts: Sequence[int]) -> str:
+    """Numbers of seeds as text: "5 seeds", "1 to 5 seeds"."""
+    fewest, most = min(counts), max(counts)
+    return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed" + "s" * int(most > 1)
+
+
+def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
+    """Read one kind of `data/claims.yml`: claim, row, minus and, where given, paper, published and expected.
+
+    Raises:
+        ConfigError: no such kind, or the file is missing, not YAML, or holds something else than such claims.
+    """
+    try:
+        known = yaml.load(CLAIMS.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # every value is text
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{CLAIMS} cannot be read as YAML ({type(error).__name__}: {error})") from error
+    if not isinstance(known, dict) or kind not in known:
+        kinds = ", ".join(map(str, known)) if isinstance(known, dict) else "no kinds"
+        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {kinds}")
+    if not isinstance(known[kind], list) or not known[kind]:
+        raise ConfigError(f"{CLAIMS}, {kind}: expected a list of claims")
+    for number, claim in enumerate(known[kind], start=1):
+        if wrong := _wrong_in_claim(claim):
+            raise ConfigError(f"{CLAIMS}, {kind}, entry {number}: {wrong}")
+    return known[kind]
+
+
+def _wrong_in_claim(claim: Any) -> str:
+    """What keeps an entry from being a claim; "" for nothing."""
+    fields = {"claim", "row", "minus"}
+    if not isinstance(claim, dict) or not fields <= set(claim) <= fields | {"paper", "published", "expected"}:
+        return "expected claim, row, minus and perhaps paper, published, expected"
+    methods = claim.get("published", ["", ""])
+    if not isinstance(methods, list) or len(methods) != 2 or not all(isinstance(name, str) for name in methods):
+        return "published must be a list of two methods of published.csv"
+    for name in claim.keys() - {"published"}:
+        if not isinstance(claim[name], str) or not claim[name].strip() or not claim[name].isprintable():
+            return f"{name} must be one line of text"
+    if claim.get("expected", SIDES[0]) not in SIDES:
+        return f"expected is {claim['expected']!r}; it must be {', '.join(SIDES)}"
+    return ""
+
+
+def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None) -> dict[str, Any]:
+    line = {"paper": claim["paper"]} if "paper" in claim else {}
+    line |= {name: claim[name] for name in ("claim", "row", "minus")}
+    if "paper" in claim:
+        line["published"] = _published(claim.get("published"))
+    line |= difference_columns(compared)
+    single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
+    other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
+    if other in rows.runs:
+        line |= _beside_further_run(rows, single[0], other)
+    return line
+
+
+def _beside_further_run(rows: Rows, single: str, other: str) -> dict[str, Any]:
+    low, high = further_run(rows.values(other))
+    return {"single": single, "level": 100 * np.nanmean(rows.values(single)), "other": other,
+            "further_low": 100 * low, "further_high": 100 * high}  # fmt: skip
+
+
+def _published(methods: list[str] | None) -> str:
+    gains = published_gains(*methods) if methods else pd.Series(dtype=float)
+    return f"{gains.min():+.2f} to {gains.max():+.2f} (n = {len(gains)})" if len(gains) else ""
+
+
+def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdict and the sentence that goes with it."""
+    if not line["seeds"]:
+        return MISSING, f"{line['row']} and {line['minus']} were not both run with the same seed."
+    measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
+    if line["seeds"] == 1:
+        return ONE_SEED, f"These two networks differ by {measured}; {_one_seed(line)}"
+    found = pd.notna(line["p (Holm)"]) and line["p (Holm)"] <= LEVEL
+    above = found and line["R@1 difference"] > 0
+    measured += f" over {line['seeds']} seeds, corrected [{line['low (Holm)']:.1f}, {line['high (Holm)']:.1f}]"
+    if expected := claim.get("expected"):
+        return _control(expected, found, above, measured)
+    if above:
+        return HOLDS, f"{measured}: better by more than the noise."
+    if found:
+        return FAILS, f"{measured}: worse by more than the noise."
+    if line["p"] <= LEVEL:
+        return UNCLEAR, f"{measured}: more than the noise of one comparison, but not of all in this table."
+    return UNCLEAR, f"{measured}: this is within the noise."
+
+
+def _one_seed(line: dict[str, Any]) -> str:
+    if pd.isna(line.get("further_low", np.nan)):
+        return "one seed says nothing about another training."
+    side = "inside" if line["further_low"] <= line["level"] <= line["further_high"] else "outside"
+    return (
+        f"the one training of {line['single']}, {line['level']:.1f} %, lies {side} of where one further training of "
+        f"{line['other']} would lie, {line['further_low']:.1f} to {line['further_high']:.1f} %."
+    )
+
+
+def _control(expected: str, found: bool, above: bool, measured: str) -> tuple[str, str]:
+    side = "above" if above else "below" if found else "neither above nor below"
+    if side == expected or (expected == "not above" and not above):
+        return AS_EXPECTED, f"{measured}: {side} by more than the noise."
+    if found:
+        return UNEXPECTED, f"{measured}: {side}, where it must be {expected}."
+    return UNCLEAR, f"{measured}: {side} by more than the noise."
+
+
+def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Compare every row of the study with a baseline row over the seeds that both have, on the same queries.
+
+    Returns:
+        One line per row, then the starting weights, chance and the ceiling. `R@1` is the row's mean in percent over all
+        of its seeds; `R@1 difference`, `low`, `high` are points over seeds and identities (with one seed over
+        identities alone); `p` is over seeds and identities too, and empty with one seed; `p (Holm)`, `low (Holm)` and
+        `high (Holm)` are corrected over the table's rows (see `corrected_columns`); `p (these networks)` is the
+        permutation test over identities, which knows nothing of seeds (see `compare_rows`). A row
+        that shares no seed with the baseline has no difference.
+
+    Raises:
+        ConfigError: two runs were evaluated on different queries.
+    """
+    rows = read_rows(results, split)
+    names = [name for name in rows.names if name != baseline_row]
+    found = [rows.compare(name, baseline_row, seed=seed) for name in names]
+    levels = ({"row": name, "minus": baseline_row, "R@1": 100 * np.nanmean(rows.values(name))} for name in names)
+    table = pd.DataFrame([line | difference_columns(one) for line, one in zip(levels, found, strict=True)])
+    if len(table):
+        table = table.join(corrected_columns(found))
+        table = table[[*table.columns.drop("p (these networks)"), "p (these networks)"]]
+    table = pd.concat([table, _constants(results, split, rows, baseline_row)], ignore_index=True)
+    return table.astype({"seeds": "Int64"}) if "seeds" in table else table
+
+
+def difference_columns(found: RowComparison | None) -> dict[str, float]:
+    """Columns of a comparison in points of R@1; empty numbers where there was nothing to compare."""
+    if found is None:
+        names = ("R@1 difference", "low", "high", "effect size", "p", "p (these networks)")
+        return {"seeds": 0} | dict.fromkeys(names, np.nan)
+    difference = found.difference
+    return {"seeds": found.seeds, "R@1 difference": 100 * difference.estimate, "low": 100 * difference.low,
+            "high": 100 * difference.high, "effect size": found.effect_size, "p": found.p_value,
+            "p (these networks)": found.p_networks}  # fmt: skip
+
+
+def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
+    """Holm's correction of a family of comparisons; empty where there is no p value.
+
+    Returns:
+        One line per comparison: `p (Holm)`, and `low (Holm)` and `high (Holm)`, the interval in points of R@1 at the
+        confidence level of the comparison in Holm's method (`fmfa.evaluation.statistics.holm_levels`), which leaves
+        zero out just where `p (Holm)` is at most 0.05.
+    """
+    table = pd.DataFrame(np.nan, index=range(len(family)), columns=["p (Holm)", "low (Holm)", "high (Holm)"])
+    known = [place for place, one in enumerate(family) if one and not np.isnan(one.p_value)]
+    p_values = [family[place].p_value for place in known]
+    for place, p, level in zip(known, holm(p_values), holm_levels(p_values), strict=True):
+        interval = family[place].interval(level)
+        table.loc[place] = p, 100 * interval.low, 100 * interval.high
+    return table
+
+
+def _constants(results: str | Path, split: str, rows: Rows, baseline: str) -> pd.DataFrame:
+    """Levels without queries of their own: chance, the ceiling, and zero-shot where only its level was kept."""
+    base = 100 * np.nanmean(rows.values(baseline)) if baseline in rows.names else np.nan
+    known = {name: level["R@1"][0] for name, level in references(results, split).items() if name not in rows.starts}
+    return pd.DataFrame(
+        [
+            {"row": name, "minus": baseline, "R@1": value, "R@1 difference": value - base}
+            for name, value in known.items()
+        ]
+    )
+
+
+def shuffled_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """R@1 (percent) of every row whose captions were shuffled at evaluation, against chance; empty where none was.
+
+    `at chance` says whether the 95 % interval over seeds and identities holds the chance level.
+    """
+    rows, lines = read_rows(results, split, "shuffled"), []
+    for name in rows.runs:
+        chance, mean = references(results, split)[CHANCE]["R@1"][0], rows.mean(name, seed=seed)
+        low, high = 100 * mean.low, 100 * mean.high
+        lines.append({"row": name, "seeds": len(rows.runs[name]), "R@1": 100 * mean.estimate, "low": low, "high": high,
+                      "chance": chance, "at chance": bool(low <= chance <= high)})  # fmt: skip
+    return pd.DataFrame(lines)

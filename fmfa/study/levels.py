@@ -1,0 +1,290 @@
+"""Tables of levels: one system, every run, every row of the study, across domains, and as published."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fmfa.data.annotations import SIMPEDES, Dataset
+from fmfa.errors import ConfigError
+from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
+from fmfa.evaluation.statistics import compare_rows, hierarchical_interval
+from fmfa.records import read_record
+from fmfa.simpedes.truth import is_simpedes, read_dataset_record
+from fmfa.study.results import (
+    CEILING,
+    CHANCE,
+    METRICS,
+    SAME,
+    Level,
+    find_queries,
+    finished_evaluation,
+    read_evaluation,
+    read_queries,
+    read_rows,
+    references,
+    row_and_seed,
+    run_folders,
+    trained_on,
+)
+
+PUBLISHED = Path(__file__).parents[2] / "data" / "published.csv"
+_Runs = dict[int, pd.DataFrame]  # queries by training seed
+
+
+def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -> pd.DataFrame:
+    """Percentages of each system with 95 % intervals over identities, above chance and below the ceiling.
+
+    Args:
+        systems: by name, all evaluated on the same split.
+        dataset: what they were evaluated on; SimPEDES has a ceiling for val and test.
+        split: of the data set.
+
+    Returns:
+        One row a system and direction, then chance and, where it is known, the ceiling; columns are the metrics, each
+        a string "value [low, high]", and the numbers of queries and gallery items.
+    """
+    rows = []
+    for name, evaluation in systems.items():
+        for direction, values in evaluation.table().groupby("direction", sort=False):
+            row = {"system": name, "direction": direction}
+            row |= {v.metric: shown((v.value, v.low, v.high)) for v in values.itertuples()}
+            rows.append(row | {"queries": values["queries"].iloc[0], "gallery": values["gallery"].iloc[0]})
+    levels = {CHANCE: next(iter(systems.values())).chance[TEXT_TO_IMAGE]}
+    if is_simpedes(dataset.images.parent):
+        levels[CEILING] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    for name, known in levels.items():
+        if known:
+            percent = {metric: shown((100 * known[metric], None, None)) for metric in METRICS}
+            rows.append({"system": name, "direction": TEXT_TO_IMAGE} | percent)
+    return pd.DataFrame(rows, dtype=object).fillna("")
+
+
+def shown(level: Level) -> str:
+    """Write a level as "value [low, high]", or "value" without an interval."""
+    value, low, high = level
+    return f"{value:.1f}" if pd.isna(low) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def readable(table: pd.DataFrame | pd.Series, digits: int = 0) -> pd.DataFrame:
+    """Write a table as text for readers.
+
+    Missing values are empty cells, whole numbers have no decimal point, and nothing but 0 is shown as 0. All numbers of
+    a column have one decimal if the largest is at least 1, such as percentages, and three if it is at least 0.01;
+    smaller ones have three digits, those in a column of mixed values six. An index without name or labels and columns
+    of empty cells are left out.
+
+    Args:
+        table: a Series becomes a table of two columns.
+        digits: significant digits of each number by itself, for columns of different units; 0: as above.
+    """
+    table = table.to_frame() if isinstance(table, pd.Series) else table
+    if any(table.index.names) or not pd.api.types.is_integer_dtype(table.index):
+        table = table.reset_index(names=[name or "" for name in table.index.names])
+    text = table.apply(_as_text, digits=digits)
+    text = text.loc[:, (text != "").any()] if len(text) else text
+    return text.set_axis([""] * len(text)).rename_axis(columns=None)
+
+
+def _as_text(column: pd.Series, digits: int) -> pd.Series:
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    numbers = column.dropna().abs().loc[lambda sizes: sizes < np.inf] if numeric else pd.Series(dtype=float)
+    column, largest = column.astype(object), numbers.max()
+    if digits or not largest >= 0.01 or (numbers % 1 == 0).all():
+        return column.map(lambda value: _cell(value, digits or (3 if numeric else 6)))
+    return column.map(lambda value: _cell(value, 1, decimals=1 if largest >= 1 else 3))
+
+
+def _cell(value: Any, digits: int, decimals: int = 0) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float | np.number) or abs(value) == np.inf:
+        return str(value)
+    if decimals and (value == 0 or round(value, decimals)):
+        return f"{value + 0:,.{decimals}f}"
+    if value % 1 == 0 or abs(value) >= 10**digits - 0.5:
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
+    """Collect every run under a results folder: name, method, seed, status, best epoch and metrics in percent.
+
+    Failed, interrupted and unevaluated runs stay in the table, with their status and empty metrics; of a run whose
+    evaluation did not finish, or was changed since, the status says so. Chance, the zero-shot level and the ceiling
+    follow with the status "reference".
+    """
+    rows = []
+    for folder in run_folders(results, points=True):
+        record = read_record(folder)
+        config = record.get("config", {})
+        row = {"run": folder.name, "method": config.get("method"), "preset": config.get("preset"),
+               "objectives": config.get("objectives"), "seed": record.get("seed"), "status": record.get("status"),
+               "best_epoch": record.get("best_epoch")}  # fmt: skip
+        try:
+            if read_evaluation(folder, split):
+                row |= (100 * read_queries(folder, split)[list(METRICS)].mean()).to_dict()
+        except ConfigError as error:
+            row["status"] = f"{row['status']}; left out: {error}"
+        rows.append(row)
+    for name, levels in references(results, split).items():
+        rows.append({"run": name, "status": "reference"} | {metric: level[0] for metric, level in levels.items()})
+    return pd.DataFrame(rows)
+
+
+def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """Return the mean of each row of the study over its seeds, with 95 % intervals over seeds and identities.
+
+    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone. Chance, the zero-shot level
+    of the starting weights and the ceiling of the captions follow, as far as the evaluations know them.
+    """
+    found, table = read_rows(results, split), []
+    for name, runs in found.runs.items():
+        row: dict[str, str | int] = {"row": name, "seeds": len(runs), "queries": len(found.identity)}
+        for metric in METRICS:
+            mean = found.mean(name, metric, seed)
+            row[metric] = shown((100 * mean.estimate, 100 * mean.low, 100 * mean.high))
+        table.append(row)
+    for name, levels in references(results, split).items():
+        table.append({"row": name} | {metric: shown(level) for metric, level in levels.items()})
+    return pd.DataFrame(table, dtype=object).fillna("")
+
+
+def tuning_table(results: str | Path) -> pd.DataFrame:
+    """Return validation R@1 (percent) of the best epoch of every finished run, by learning rate and method.
+
+    Empty where the folder has no finished run, or is not there.
+    """
+    records = [read_record(folder) for folder in run_folders(results, points=True)] if Path(results).is_dir() else []
+    done = [
+        {"learning rate": r["config"]["learning_rate"], "method": r["config"]["method"], "R@1": 100 * r["best"]}
+        for r in records
+        if r.get("status") == "finished" and r.get("best") is not None
+    ]
+    if not done:
+        return pd.DataFrame()
+    return pd.DataFrame(done).pivot_table(index="learning rate", columns="method", values="R@1", aggfunc="max")
+
+
+def published_table() -> pd.DataFrame:
+    """Return R@1 that papers publish on the real data sets, by method and starting weights."""
+    table = read_published()
+    table = table[~table["method"].str.startswith("ablation")]
+    return table.pivot_table(index=["method", "initialisation"], columns="dataset", values="R1", sort=False)
+
+
+def published_gains(first: str, second: str) -> pd.Series:
+    """Published differences in R@1 (points), `first` minus `second`, by data set and starting weights.
+
+    Measured by the papers' authors on real data, one run each, and not here. Empty where a method is not listed.
+    """
+    r1 = read_published().set_index(["dataset", "initialisation", "method"])["R1"].unstack("method")
+    known = {first, second} <= set(r1.columns)
+    return (r1[first] - r1[second]).dropna().rename("R@1 difference") if known else pd.Series(dtype=float)
+
+
+def read_published() -> pd.DataFrame:
+    """Read `data/published.csv`: dataset, method, initialisation and R1 (percent).
+
+    Raises:
+        ConfigError: the file is missing or no CSV; a column is missing; a name is empty, a line is there twice, or R1
+            is no percentage.
+    """
+    names = ["dataset", "method", "initialisation"]
+    try:
+        with PUBLISHED.open(encoding="utf-8", newline="") as file:
+            table = pd.DataFrame(csv.DictReader(file, restkey="more", restval="", strict=True))
+        long = table["more"].notna() if "more" in table else False
+        table = table[[*names, "R1"]]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise ConfigError(f"{PUBLISHED} cannot be read as a table of {', '.join(names)} and R1 ({error})") from error
+    table["R1"] = pd.to_numeric(table["R1"], errors="coerce")
+    named = table[names].map(str.strip).ne("").all(axis=1)
+    wrong = long | ~named | ~table["R1"].between(0, 100) | table.duplicated(names)
+    if wrong.any() or table.empty:
+        raise ConfigError(
+            f"{PUBLISHED}, entry {int(wrong.argmax()) + 1 if len(wrong) else 1}: expected {', '.join(names)}, each "
+            "combination once, R1 from 0 to 100, and no more columns than in the first line"
+        )
+    return table
+
+
+def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = "test", seed: int = 0) -> pd.DataFrame:
+    """R@1 of the rows that were evaluated on another data set than they were trained on, there and at home.
+
+    Args:
+        results: one or several folders with one folder a run each; evaluations in run folders
+            (`queries-SPLIT@DATASET.csv`) and in `on-DATASET/RUN` are found. For both directions between two domains
+            give the results of both.
+        split: of the data sets.
+        seed: of the bootstrap.
+
+    Returns:
+        One line a row, training set and test set; numbers in percent and points. `R@1` with `low` and `high` over seeds
+        and identities. `drop` is the R@1 of the same row trained on the test set's own domain, minus this one, on the
+        same queries over the seeds that both have, with `drop_low` and `drop_high`; empty where that row was not
+        run. `own` is the R@1 of the same networks at home, on other queries. Empty where no row was tested elsewhere.
+
+    Raises:
+        ConfigError: no evaluated run, or two evaluations of a test set on different queries.
+    """
+    found: dict[tuple[str, str, str], _Runs] = {}
+    for row, number, home, away, queries in _evaluations(results, split):
+        found.setdefault((row, home, away), {})[number] = queries
+    if not found:
+        raise ConfigError(f"{results} holds no run evaluated on {split}: run notebooks/03_evaluate.ipynb first")
+    _refuse_other_queries(found)
+    travelled = {row for row, home, away in found if home != away}
+    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])
+
+
+def _evaluations(
+    results: str | Path | Sequence[str | Path], split: str
+) -> Iterator[tuple[str, int, str, str, pd.DataFrame]]:
+    """Yield row, seed, training set, test set and queries of every evaluation."""
+    tops = [Path(top) for top in ([results] if isinstance(results, str | Path) else results)]
+    groups = [group for top in tops for group in (top, *sorted(top.glob("on-*")))]
+    for folder in (run for group in groups for run in run_folders(group)):
+        home = trained_on(folder)
+        for path in sorted([*folder.glob(f"evaluation-{split}.json"), *folder.glob(f"evaluation-{split}@*.json")]):
+            name = path.stem.removeprefix("evaluation-")
+            if find_queries(folder, name):
+                away = finished_evaluation(folder, name)["dataset"]
+                # evaluations that do not name the domain are from before there were others than the run's own
+                away = home if away == SIMPEDES else away
+                yield *row_and_seed(folder.name), home, away, read_queries(folder, name)
+
+
+def _refuse_other_queries(found: dict[tuple[str, str, str], _Runs]) -> None:
+    first: dict[str, pd.DataFrame] = {}
+    for (row, _, away), runs in found.items():
+        for number, queries in runs.items():
+            if not queries[SAME].equals(first.setdefault(away, queries)[SAME]):
+                raise ConfigError(
+                    f"{row}-{number} was evaluated on other queries of {away} than the rest: keep them apart"
+                )
+
+
+def _line(found: dict[tuple[str, str, str], _Runs], row: str, home: str, away: str, seed: int) -> dict:
+    here = found[row, home, away]
+    identity = next(iter(here.values()))["identity"].to_numpy()
+    level = hierarchical_interval(_values(here, sorted(here)), identity, np.random.default_rng(seed))
+    line = {"row": row, "trained on": home, "tested on": away, "seeds": len(here), "queries": len(identity),
+            "R@1": 100 * level.estimate, "low": 100 * level.low, "high": 100 * level.high}  # fmt: skip
+    native = found.get((row, away, away), {}) if home != away else {}
+    drop = dict.fromkeys(("drop", "drop_low", "drop_high"), np.nan)
+    if shared := sorted(here.keys() & native.keys()):
+        generator = np.random.default_rng(seed)
+        lost = compare_rows(_values(native, shared), _values(here, shared), identity, generator).difference
+        drop = {"drop": 100 * lost.estimate, "drop_low": 100 * lost.low, "drop_high": 100 * lost.high}
+    own = found.get((row, home, home), {})
+    return line | drop | {"own": 100 * _values(own, sorted(own)).mean() if own else np.nan}
+
+
+def _values(runs: _Runs, seeds: Sequence[int]) -> np.ndarray:
+    return np.stack([runs[seed][METRICS[0]].to_numpy(dtype=np.float64) for seed in seeds])

@@ -1,0 +1,441 @@
+"""A system ready to use: a model with its own tokenizer and picture transform, by name, file or run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from open_clip.factory import HF_HUB_PREFIX
+from open_clip.pretrained import list_pretrained_tags_by_model
+from torch import nn
+
+from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name
+from fmfa.data.datasets import DATA, open_dataset, project_path
+from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, tbps_clip_evaluation
+from fmfa.devices import choose_device
+from fmfa.errors import CheckpointError, ConfigError, TrainingError
+from fmfa.evaluation.evaluate import Evaluation, evaluate
+from fmfa.files import PROJECT, said_plainly
+from fmfa.models.clip import ClipRetriever
+from fmfa.models.ivt import IvtConfig, IvtRetriever
+from fmfa.models.objectives import objectives
+from fmfa.models.weight_files import read_state_dict
+from fmfa.models.weights import PREFIX as IVT_PREFIX
+from fmfa.models.weights import (
+    TBPS_CLIP,
+    LoadReport,
+    load_ivt,
+    load_retriever,
+    load_weights,
+    recorded_model,
+    start_from_vit_and_bert,
+)
+from fmfa.text.bytepair import CLIP_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
+from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
+from fmfa.training.checkpoints import STATE, WEIGHTS, checked, selected_checkpoint
+from fmfa.training.config import TrainConfig
+from fmfa.training.fit import CONFIG, launched_rank, run_config, train
+
+NO_WEIGHTS = "none"
+VOCABULARY = "vocab.txt"
+TINY_BACKBONE, TINY_WEIGHTS = DATA / "tiny_clip_config.json", DATA / "tiny_clip.safetensors"
+FULL_BACKBONE, FULL_WEIGHTS = "ViT-B-16-quickgelu", "openai"
+ONLY_IVT = ("text_weights", "vocabulary", "mask_image", "mask_text")
+TINY_IVT_BACKBONE, TINY_IVT_WEIGHTS = DATA / "tiny_ivt_config.json", DATA / "tiny_ivt.safetensors"
+TINY_VOCABULARY, BERT = DATA / "wordpiece.txt", "google-bert/bert-base-uncased"
+VIT = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm's name for the file that the released code starts from
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """What encodes pictures and captions: the model, its tokenizer and its evaluation transform."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    transform: ImageTransform
+    report: LoadReport | None = None  # what was loaded from where, for a system about to be trained
+
+    @property
+    def objectives(self) -> dict[str, str | int | float | bool]:
+        """What the model is trained for; of IVT the loss, its temperature if any, and the token dropping."""
+        if not isinstance(self.model, IvtRetriever):
+            return self.model.config["objectives"]
+        names = ("loss", "tau", "mask_image", "mask_text")
+        return {name: self.model.config[name] for name in names if name != "tau" or self.model.sizes.loss == "sdm"}
+
+    def evaluate(self, dataset: Dataset, split: str, *, seed: int = 0, progress: bool = True) -> Evaluation:
+        """Encode and score a split; see `fmfa.evaluation.evaluate.evaluate`."""
+        rows = dataset.split(split)
+        return evaluate(self.model, rows, dataset.images, self.tokenizer, self.transform, seed=seed, progress=progress)
+
+
+def build_system(config: TrainConfig, dataset: Dataset | None = None) -> System:
+    """Build the model that a configuration describes, with its starting weights, for a data set.
+
+    Backbone and weights left empty are the tiny CLIP or the tiny IVT in `data/` on SimPEDES. On other data they are
+    OpenAI's ViT-B/16 (fetched by open_clip once), and for ivt an ImageNet ViT-B/16 with BERT (fetched by timm and from
+    the Hugging Face hub); `weights="none"` starts from random weights. Without a data set there is no classifier, so
+    the objectives must do without an ID loss.
+
+    Raises:
+        ConfigError: the parts do not fit.
+        CheckpointError: the weights cannot be found, fetched or read, or leave a part of an encoder random.
+    """
+    config = config.resolved()
+    ivt = config.method == "ivt"
+    model = build_ivt_model(config) if ivt else build_clip_model(config, dataset)
+    report = None
+    if config.weights != NO_WEIGHTS:
+        report = load_ivt_start(config, model) if ivt else load_clip_start(config, model)
+    return _system(model, config.vocabulary, report)
+
+
+def load_system(
+    source: str | Path = "", device: str = "cpu", *, dataset: str = "", vocabulary: str = "", **model: str | int
+) -> System:
+    """Open trained weights: a run, or a weight file from anywhere.
+
+    Args:
+        source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, a weight
+            file of any layout that `load_weights` or `load_ivt` understands, weights that open_clip knows as MODEL/TAG
+            (`ViT-B-16-quickgelu/openai`) or `hf-hub:...`, or empty for the shipped tiny CLIP. TBPS-CLIP's read pictures
+            as their training did.
+        device: where it works: auto (a GPU where there is one), cpu or cuda.
+        dataset: name of the data that is searched, whose preset sizes a foreign file gets where `model` has none.
+        vocabulary: of an IVT; empty for the one in its run folder, or the one of the model's size.
+        model: `backbone`, `image_height`, `image_width`, `stride` and `position_grid` as in `TrainConfig`, for files
+            that do not say what their model is; "" and 0 are not given.
+
+    Raises:
+        CheckpointError: nothing of that kind there, or it is damaged, or does not fit.
+        ConfigError: no such device; the vocabulary of an IVT is not known; a parameter in `model` that does not fit, or
+            is given for a run or own checkpoint, which knows its model.
+    """
+    source = project_path(str(source)) or str(TINY_WEIGHTS)
+    given = {name: value for name, value in model.items() if value}
+    if not _is_own(source):
+        known = {"dataset": dataset, "vocabulary": vocabulary} | given
+        config = _foreign(source, {name: value for name, value in known.items() if value})
+        system = build_system(config)
+        system.model.eval().to(choose_device(device))
+        if system.report.layout == TBPS_CLIP:
+            system = replace(system, transform=tbps_clip_evaluation(system.transform.size))
+        return system
+    if given:
+        raise ConfigError(f"{source} knows its own model: leave out {', '.join(given)}")
+    path = Path(source)
+    if path.is_dir():
+        path = selected_checkpoint(path) / WEIGHTS
+    if (path.parent / STATE).is_file():
+        checked(path.parent, path.name)
+    run = _run_of(path)
+    kept = run / VOCABULARY if run else None
+    loaded, _ = load_retriever(path)
+    return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
+
+
+def load_systems(sources: Sequence[str], device: str = "cpu", **parameters: str | int) -> dict[str, System]:
+    """Several systems by name, each as `load_system` opens it; parameters of a model go to those that need them.
+
+    A system has the name of its folder or file, or its whole path where two would have the same name.
+    """
+    names = [Path(source).name if Path(source).is_dir() else Path(source).stem for source in sources]
+    foreign = [source for source in sources if not _is_own(project_path(source))]
+    shared = {name: parameters[name] for name in ("dataset", "vocabulary") if name in parameters}
+    return {
+        source if names.count(name) > 1 else name: load_system(
+            source, device, **(shared if foreign and source not in foreign else parameters)
+        )
+        for source, name in zip(sources, names, strict=True)
+    }
+
+
+def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> System | None:
+    """The system that a run started from, before its training; None for a checkpoint that lies in no run.
+
+    Args:
+        source: a run folder, or a checkpoint in one.
+        dataset: any data set with a training split; it decides nothing but the size of an unused classifier.
+        device: as in `load_system`.
+
+    Raises:
+        CheckpointError: the starting weights are no longer there.
+        TrainingError: the run's configuration is damaged.
+    """
+    run = _run_of(Path(source))
+    if run is None:
+        return None
+    system = build_system(run_config(run), dataset)
+    system.model.to(choose_device(device))
+    return system
+
+
+def run_training(config: TrainConfig, folder: str | Path) -> Path:
+    """Open the data, build the system, train it and return the run folder; a finished run is left as it is.
+
+    What became of every tensor of the starting weights is printed, and kept as `weights.txt`. A run of IVT keeps its
+    vocabulary as `vocab.txt`, so that it can be reopened wherever it is moved.
+    """
+    config, folder = config.resolved(), Path(folder).expanduser()
+    dataset = open_training_data(config)
+    system = build_system(config, dataset)
+    start = str(system.report or "random starting weights")
+    if launched_rank() == 0:
+        print(start)
+    if config.method == "ivt":
+        _keep_vocabulary(system.tokenizer, folder)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        rows = dataset.split("val")
+        found = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
+        return found.metrics["text to image"].summary
+
+    return train(config, system.model, dataset, system.tokenizer, folder, validate=validate, start=start)
+
+
+def open_training_data(config: TrainConfig) -> Dataset:
+    """Open the data set of a resolved configuration, with the true phrases where its text levels need them."""
+    spans = config.text_levels == "spans"
+    options = {"scale": config.scale, "seed": config.data_seed, "drop_empty_captions": config.drop_empty_captions}
+    return open_dataset(config.dataset, config.root, spans=spans, **options)
+
+
+def open_test_data(
+    sources: Sequence[str | Path], dataset: str = "", root: str | Path = "", scale: str = "", data_seed: int = -1
+) -> Dataset:
+    """Open the data set that trained systems are evaluated on; what is left open is as the first one's run had it.
+
+    The data seed cannot be another one: it decides which people of a set without a validation split were trained on.
+    The scale can: on SimPEDES nobody of validation or test is trained on at any scale.
+
+    Args:
+        sources: run folders or checkpoints, as `load_system` takes them; those in no run decide nothing.
+        dataset: its name, as in `open_dataset`; empty with another root than the run's for what the file there says.
+        root: its folder; empty with another name or a scale for SimPEDES made by the project.
+        scale: of SimPEDES without a root; empty for the run's, or small.
+        data_seed: of SimPEDES without a root, and of held-out identities; -1 for the run's, or 0.
+
+    Raises:
+        ConfigError: the seeds of the runs and `data_seed` differ, or see `open_dataset`.
+        AnnotationError: the data set cannot be read, or is another one than `dataset`.
+        TrainingError: a run's configuration is damaged.
+    """
+    configs = {str(run): run_config(run) for run in map(_run_of, map(Path, filter(None, sources))) if run}
+    seeds = {run: config.data_seed for run, config in configs.items()}
+    seeds |= {"data_seed": data_seed} if data_seed >= 0 else {}
+    if len(set(seeds.values())) > 1:
+        raise ConfigError(
+            f"data seeds differ ({', '.join(f'{seed} of {name}' for name, seed in seeds.items())}): whom one holds out "
+            "for validation, another trains on. Leave data_seed out, and evaluate runs of different data seeds apart"
+        )
+    own = next(iter(configs.values()), TrainConfig())
+    dataset = canonical_name(dataset)
+    if not root and not scale and dataset in ("", own.dataset):
+        root = own.root
+    if not dataset and (not root or (own.root and os.path.realpath(root) == os.path.realpath(own.root))):
+        dataset = own.dataset
+    seed, scale = next(iter(seeds.values()), 0), scale or own.scale
+    return open_dataset(dataset, root, scale=scale, seed=seed, drop_empty_captions=own.drop_empty_captions)
+
+
+def default_run_folder(config: TrainConfig) -> Path:
+    """Where a run lies when no folder was named: `runs/`, by what was asked for and a hash of all parameters."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    return PROJECT / "runs" / f"{config.method}-{config.preset}-{config.dataset}-{config.seed}-{digest}"
+
+
+def _system(model: nn.Module, vocabulary: str | Path, report: LoadReport | None = None) -> System:
+    size = tuple(model.config["image_size"])
+    if isinstance(model, IvtRetriever):
+        return System(model, ivt_tokenizer(model, vocabulary), ivt_evaluation(size), report)
+    return System(model, clip_tokenizer_of(model), fmfa_evaluation(size), report)
+
+
+def _is_own(source: str | Path) -> bool:
+    """Whether it is a run folder, a checkpoint in one, or a file that records its model."""
+    path = Path(source)
+    return path.is_dir() or (path.parent / STATE).is_file() or bool(recorded_model(path))
+
+
+def _foreign(source: str, parameters: dict[str, str | int]) -> TrainConfig:
+    """The configuration of weights that do not record their model: a file, or a name that open_clip knows."""
+    if Path(source).is_file():
+        ivt = any(name.startswith(IVT_PREFIX) for name in read_state_dict(source))
+        return TrainConfig.from_dict({"method": "ivt" if ivt else "clip", "weights": source} | parameters)
+    name = "/".join(Path(source).parts[-2:])  # which a notebook takes for a path from where the user stands
+    backbone, _, tag = (name, "", name) if name.startswith(HF_HUB_PREFIX) else name.rpartition("/")
+    if not name.startswith(HF_HUB_PREFIX) and not list_pretrained_tags_by_model(backbone):
+        raise CheckpointError(
+            f"{source}: no such file or folder, and no weights that open_clip knows; expected a run folder, a weight "
+            "file, or a model and its weights such as ViT-B-16-quickgelu/openai"
+        )
+    return TrainConfig.from_dict({"method": "clip", "backbone": backbone, "weights": tag} | parameters)
+
+
+def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
+    path = folder / VOCABULARY
+    if not path.is_file():
+        with said_plainly(f"the run folder {folder} cannot be made or written to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(path)
+    elif wordpiece_tokenizer(path).vocabulary != tokenizer.vocabulary:
+        raise TrainingError(f"{path} is the vocabulary of another run; give a new folder, or that run's vocabulary")
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that `path` is, or lies in as RUN/checkpoints/NAME/model.safetensors."""
+    if path.is_file() and (home := path.absolute().parent.parent).name == "checkpoints":
+        path = home.parent
+    return path if (path / CONFIG).is_file() else None
+
+
+def build_clip_model(config: TrainConfig, dataset: Dataset | None = None) -> ClipRetriever:
+    """The model of a resolved configuration, with random weights.
+
+    The ID loss has one class per training identity. FMFA's release has one per training pair, of which those beyond
+    the identities are never right; so has the preset `released`, but not on SimPEDES.
+
+    Raises:
+        ConfigError: the parts do not fit, or a setting that belongs to IVT is given.
+    """
+    for name in ONLY_IVT:
+        if value := getattr(config, name):
+            raise ConfigError(f"{name} is {value!r}, but method {config.method!r} has no such thing: it belongs to ivt")
+    backbone = config.backbone or (TINY_BACKBONE if config.dataset.startswith(SIMPEDES) else FULL_BACKBONE)
+    identities = 0
+    if dataset is not None:
+        train = dataset.split("train")
+        per_pair = config.method == "fmfa" and config.preset == "released" and not config.dataset.startswith(SIMPEDES)
+        identities = len(train) if per_pair else int(train["label"].max()) + 1
+    return ClipRetriever(
+        backbone,
+        objectives(config.method, config.preset, config.dataset, **config.objective_overrides()),
+        identities=identities,
+        image_size=(config.image_height, config.image_width),
+        stride=config.stride,
+        seed=config.seed,
+    )
+
+
+def load_clip_start(config: TrainConfig, model: ClipRetriever) -> LoadReport:
+    """Load the weights that training starts from; raises CheckpointError as `load_weights`."""
+    shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
+    weights = project_path(config.weights) or (TINY_WEIGHTS if shipped else FULL_WEIGHTS)
+    return load_weights(model, weights, position_grid=config.grid)
+
+
+def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:
+    """The tokenizer of a backbone, known by the size of its vocabulary.
+
+    Raises:
+        ConfigError: no tokenizer of that size is known.
+    """
+    text = model.config["backbone"]["text_cfg"]
+    context = text.get("context_length", 77)
+    if text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY:
+        return clip_tokenizer(context)
+    tokenizer = small_tokenizer(context_length=context)
+    if tokenizer.vocab_size != text["vocab_size"]:
+        raise ConfigError(
+            f"the backbone has a vocabulary of {text['vocab_size']} tokens; known are CLIP's with {CLIP_VOCABULARY} "
+            f"and data/vocabulary.json with {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def build_ivt_model(config: TrainConfig) -> IvtRetriever:
+    """The model of a resolved configuration, with random weights.
+
+    Raises:
+        ConfigError: the parts do not fit.
+    """
+    source = config.backbone or (TINY_IVT_BACKBONE if config.dataset.startswith(SIMPEDES) else "")
+    sizes = (
+        _backbone(source)
+        | _objective(config)
+        | {
+            "image_size": (config.image_height, config.image_width),
+            "stride": config.stride,
+            "mask_image": config.mask_image,
+            "mask_text": config.mask_text,
+        }
+    )
+    return IvtRetriever(IvtConfig(**sizes), seed=config.seed)
+
+
+def load_ivt_start(config: TrainConfig, model: IvtRetriever) -> LoadReport:
+    """Load the weights that training starts from: an IVT file, or an ImageNet ViT and a BERT.
+
+    Raises:
+        CheckpointError: they cannot be found, fetched or read, or are of another shape.
+    """
+    shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
+    weights = project_path(config.weights) or (str(TINY_IVT_WEIGHTS) if shipped and not config.text_weights else "")
+    if config.text_weights or not weights:
+        return start_from_vit_and_bert(model, weights or VIT, config.text_weights or BERT, position_grid=config.grid)
+    if not Path(weights).is_file():
+        raise CheckpointError(
+            f"weights {weights!r}: no such file. IVT starts from a local file (a released IVT checkpoint or an own "
+            ".safetensors), from an ImageNet ViT with BERT as text_weights, or from 'none'"
+        )
+    return load_ivt(model, weights, position_grid=config.grid)
+
+
+def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPieceTokenizer:
+    """The WordPiece tokenizer of a model.
+
+    Args:
+        model: whose vocabulary and longest text it has.
+        vocabulary: a vocab.txt or hub name; empty for the shipped one where the model has its size, else BERT's.
+
+    Raises:
+        ConfigError: it cannot be read or fetched, or has another size than the model's.
+    """
+    sizes = model.sizes
+    if not vocabulary:
+        tokenizer = wordpiece_tokenizer(TINY_VOCABULARY, sizes.positions)
+        if tokenizer.vocab_size == sizes.vocab_size:
+            return tokenizer
+    tokenizer = wordpiece_tokenizer(vocabulary or BERT, sizes.positions)
+    if tokenizer.vocab_size != sizes.vocab_size:
+        raise ConfigError(
+            f"the vocabulary {str(vocabulary or BERT)!r} has {tokenizer.vocab_size} pieces, the model "
+            f"{sizes.vocab_size}; give the vocab.txt that belongs to the backbone"
+        )
+    return tokenizer
+
+
+def _backbone(source: str | Path) -> dict:
+    """Fields of `IvtConfig` from a JSON file; none, the released sizes, without one."""
+    if not source:
+        return {}
+    try:
+        found = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"backbone {str(source)!r}: expected a JSON file with IvtConfig's fields: {error}") from error
+    known = [field.name for field in fields(IvtConfig)]
+    if not isinstance(found, dict) or (unknown := sorted(set(found) - set(known))):
+        what = f"unknown {', '.join(unknown)}" if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise ConfigError(
+            f"backbone {str(source)!r} holds {what}; expected an object with fields of {', '.join(known)}"
+        )
+    return found
+
+
+def _objective(config: TrainConfig) -> dict:
+    """Loss and temperature from `objectives`; CMPM without."""
+    found = config.objective_overrides()
+    chosen = {"loss": "cmpm", **found}
+    if unknown := sorted(set(found) - {"loss", "tau"}):
+        raise ConfigError(
+            f"objectives names {', '.join(unknown)}, but ivt is trained with one loss and knows loss and tau alone: "
+            '"loss=cmpm" (as released) or "loss=sdm tau=0.02"'
+        )
+    if "tau" in found and chosen["loss"] == "cmpm":
+        raise ConfigError(f"objectives has tau={found['tau']}, but CMPM has no temperature: leave it out, or loss=sdm")
+    tau = chosen.get("tau", 1)
+    if type(tau) not in (int, float) or tau <= 0:
+        raise ConfigError(f"objectives has tau={tau}; expected a temperature above 0, such as tau=0.02")
+    return chosen

@@ -1,1 +1,0 @@
-"""Weight files: reading foreign ones safely, writing our own."""
