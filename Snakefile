@@ -84,7 +84,7 @@ def shown(results):
 def evaluation(wildcards):
     """Evaluate a run; across domains in a folder of its own, with links to the run's record and checkpoints."""
     run = STUDY.find(wildcards.run)
-    execute = execution("03_evaluate", f"{run.folder}/evaluate", **run.tested, run=os.path.abspath(run.folder))
+    execute = execution("04_evaluate", f"{run.folder}/evaluate", **run.tested, run=os.path.abspath(run.folder))
     if not run.source:
         return execute
     names = "run.json config.json metrics.csv vocab.txt checkpoints"
@@ -152,12 +152,12 @@ rule train:
     input:
         training_data,
         starting_weights,
-        ancient("notebooks/02_train.ipynb"),
+        ancient("notebooks/03_train.ipynb"),
     output:
         touch("{run}/train.done"),
     params:
         lambda wildcards: execution(
-            "02_train",
+            "03_train",
             f"{wildcards.run}/train",
             **STUDY.find(wildcards.run).parameters,
             run=os.path.abspath(wildcards.run),
@@ -173,7 +173,7 @@ rule evaluate:
     input:
         trained,
         test_data,
-        ancient("notebooks/03_evaluate.ipynb"),
+        ancient("notebooks/04_evaluate.ipynb"),
     output:
         touch("{run}/evaluate.done"),
     params:
@@ -188,12 +188,12 @@ rule evaluate:
 rule compare:
     input:
         evaluated,
-        "notebooks/04_ablation.ipynb",
+        "notebooks/05_ablation.ipynb",
     output:
         touch("{results}/comparison.done"),
     params:
         lambda wildcards: execution(
-            "04_ablation",
+            "05_ablation",
             f"{wildcards.results}/comparison",
             results=os.path.abspath(wildcards.results),
             baseline=baseline(wildcards.results),
@@ -206,12 +206,12 @@ rule compare:
 rule pictures:
     input:
         lambda wildcards: [f"{run.folder}/evaluate.done" for run in shown(wildcards.results)],
-        "notebooks/05_visualise.ipynb",
+        "notebooks/06_visualise.ipynb",
     output:
         touch("{results}/pictures.done"),
     params:
         lambda wildcards: execution(
-            "05_visualise",
+            "06_visualise",
             f"{wildcards.results}/pictures",
             **STUDY.results[wildcards.results][0].tested,
             runs=[os.path.abspath(run.folder) for run in shown(wildcards.results)],

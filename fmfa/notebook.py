@@ -512,7 +512,7 @@ class ModelParameters:
 
 @dataclass(frozen=True)
 class EvaluateParameters(ModelParameters):
-    """Parameters of `notebooks/03_evaluate.ipynb`, checked."""
+    """Parameters of `notebooks/04_evaluate.ipynb`, checked."""
 
     run: str
     dataset: str
@@ -541,7 +541,7 @@ class EvaluateParameters(ModelParameters):
 
 @dataclass(frozen=True)
 class VisualiseParameters(ModelParameters):
-    """Parameters of `notebooks/05_visualise.ipynb`, checked."""
+    """Parameters of `notebooks/06_visualise.ipynb`, checked."""
 
     runs: list
     dataset: str

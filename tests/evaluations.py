@@ -1,4 +1,4 @@
-"""Evaluations of made-up runs, as notebook 03 leaves them."""
+"""Evaluations of made-up runs, as `04_evaluate` leaves them."""
 
 import json
 

@@ -65,11 +65,11 @@ def test_a_command_gives_back_what_was_run_from_any_folder(tmp_path, monkeypatch
         "sentence": f"A {name}",
         "none": "",
     }
-    record = {"notebook": str(project / "notebooks/03_evaluate.ipynb"), "output": str(run / "evaluate.ipynb")}
+    record = {"notebook": str(project / "notebooks/04_evaluate.ipynb"), "output": str(run / "evaluate.ipynb")}
     command = notebook_command(record | {"given": dict.fromkeys(parameters, "as given"), "parameters": parameters})
     assert str(tmp_path) not in command.replace("/elsewhere", "")
     notebook, output, given = given_in(shell_words(command, project))
-    assert notebook == "notebooks/03_evaluate.ipynb"
+    assert notebook == "notebooks/04_evaluate.ipynb"
     assert os.path.abspath(output) == record["output"]
     assert os.path.abspath(given["run"]) == parameters["run"]
     assert [os.path.abspath(path) for path in json.loads(given["away"])] == away
@@ -78,8 +78,8 @@ def test_a_command_gives_back_what_was_run_from_any_folder(tmp_path, monkeypatch
 
 
 def test_a_record_without_resolved_parameters_shows_the_given_ones():
-    record = {"notebook": ROOT / "notebooks/04_ablation.ipynb", "output": "/x/y.ipynb", "given": {"seeds": "2"}}
-    assert notebook_command(record | {"parameters": None}).endswith("notebooks/04_ablation.ipynb /x/y.ipynb -p seeds 2")
+    record = {"notebook": ROOT / "notebooks/05_ablation.ipynb", "output": "/x/y.ipynb", "given": {"seeds": "2"}}
+    assert notebook_command(record | {"parameters": None}).endswith("notebooks/05_ablation.ipynb /x/y.ipynb -p seeds 2")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -116,14 +116,14 @@ def test_commands_that_are_printed_run(tmp_path):
 
     training = {"method": "clip", "scale": "tiny", "epochs": 1, "run": "runs/mine/clip-0"}
     pairs = " ".join(f"-p {name} {value}" for name, value in training.items())
-    paste(f"python -m fmfa.notebook notebooks/02_train.ipynb runs/mine/clip-0/train.ipynb {pairs}")
+    paste(f"python -m fmfa.notebook notebooks/03_train.ipynb runs/mine/clip-0/train.ipynb {pairs}")
     cells = nbformat.read(project / "runs/mine/clip-0/train.ipynb", as_version=4).cells
     printed = "".join(o.text for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
     following = re.search(r"next, in the project's folder: (.*)", printed)[1]
     assert str(tmp_path) not in following
     paste(following)
     assert (project / "runs/mine/clip-0/evaluation-test.json").is_file()
-    compare = "notebooks/04_ablation.ipynb runs/mine/comparison.ipynb -p results runs/mine -p baseline clip"
+    compare = "notebooks/05_ablation.ipynb runs/mine/comparison.ipynb -p results runs/mine -p baseline clip"
     paste(f"python -m fmfa.notebook {compare}")
     paste("python -m fmfa.report runs/mine --shown clip-0")
     page = (project / "runs/mine/report.html").read_text()

@@ -71,14 +71,14 @@ def test_01_on_a_real_format(run, tmp_path, dataset, write, first_line):
 
 
 @SECOND
-@pytest.mark.parametrize("name", ["01_data", "03_evaluate", "04_ablation", "05_visualise"])
+@pytest.mark.parametrize("name", ["01_data", "04_evaluate", "05_ablation", "06_visualise"])
 def test_a_notebook_with_its_defaults_by_nbval(monkeypatch, name):
     by_nbval(monkeypatch, ROOT / "notebooks" / f"{name}.ipynb")
 
 
 @FIRST
-def test_02_with_its_defaults_by_nbval(monkeypatch):
-    by_nbval(monkeypatch, ROOT / "notebooks" / "02_train.ipynb")
+def test_03_with_its_defaults_by_nbval(monkeypatch):
+    by_nbval(monkeypatch, ROOT / "notebooks" / "03_train.ipynb")
 
 
 def by_nbval(monkeypatch, notebook):

@@ -48,7 +48,7 @@ def study(**words):
 
 
 def test_every_row_at_every_scale_is_a_training_configuration(tmp_path):
-    declared = notebook_parameters(NOTEBOOKS / "02_train.ipynb")
+    declared = notebook_parameters(NOTEBOOKS / "03_train.ipynb")
     names = {setting.name for setting in fields(TrainConfig)}
     roots = {f"root_{name}": str(tmp_path) for name in DEFINITION["roots"]}
     seen = set()
@@ -58,7 +58,7 @@ def test_every_row_at_every_scale_is_a_training_configuration(tmp_path):
             config = TrainConfig(**{name: value for name, value in values.items() if name in names}).resolved()
             if config.method != "ivt":
                 objectives(config.method, config.preset, config.dataset, **config.objective_overrides())
-            for notebook, given in (("01_data", run.data), ("01_data", run.tested), ("03_evaluate", run.tested)):
+            for notebook, given in (("01_data", run.data), ("01_data", run.tested), ("04_evaluate", run.tested)):
                 resolve_parameters(notebook_parameters(NOTEBOOKS / f"{notebook}.ipynb"), given)
             seen.add(run.row)
     assert seen == set(expand_rows(DEFINITION["rows"]))
@@ -310,10 +310,10 @@ def project(tmp_path):
         (tmp_path / f"data/tiny_{name}.safetensors").touch()
     bodies = {
         "01_data": "print(dataset)",
-        "02_train": TRAIN,
-        "03_evaluate": "import pathlib\n(pathlib.Path(run) / 'queries-test.csv').write_text('')",
-        "04_ablation": COMPARE,
-        "05_visualise": "print('shown', *[path.split('/')[-1] for path in runs])",
+        "03_train": TRAIN,
+        "04_evaluate": "import pathlib\n(pathlib.Path(run) / 'queries-test.csv').write_text('')",
+        "05_ablation": COMPARE,
+        "06_visualise": "print('shown', *[path.split('/')[-1] for path in runs])",
     }
     for name, body in bodies.items():
         cells = [cell for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.metadata.get("tags")]
@@ -396,9 +396,9 @@ def test_a_comparison_is_given_the_evaluated_runs_of_the_other_data_sets(project
     done.touch()
     plan = snakemake(project, "--printshellcmds", "--config", *words, "chosen=irra", "seeds=1")
     assert plan.returncode == 0, plan.stdout + plan.stderr
-    commands = [shlex.split(line) for line in plan.stdout.splitlines() if "notebooks/04_ablation.ipynb" in line]
+    commands = [shlex.split(line) for line in plan.stdout.splitlines() if "notebooks/05_ablation.ipynb" in line]
     away = {
-        Path(words[words.index("notebooks/04_ablation.ipynb") + 1]).parent.name: words[words.index("away") + 1]
+        Path(words[words.index("notebooks/05_ablation.ipynb") + 1]).parent.name: words[words.index("away") + 1]
         for words in commands
         if "away" in words
     }

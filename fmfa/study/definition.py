@@ -26,7 +26,7 @@ _NOT_PARAMETERS = ("core", "over", "seeds")
 
 @dataclass(frozen=True)
 class Row:
-    """One system or variant: parameters of `notebooks/02_train.ipynb`."""
+    """One system or variant: parameters of `notebooks/03_train.ipynb`."""
 
     name: str
     group: str  # the row's name in study.yml: for a point of a curve, the curve's
@@ -43,9 +43,9 @@ class Run:
     results: str  # folder of the runs that are compared with each other
     row: str
     seed: int
-    parameters: dict[str, Any]  # of 02_train, complete but for defaults
+    parameters: dict[str, Any]  # of 03_train, complete but for defaults
     source: str = ""  # of a cross-domain evaluation: the folder of the run that is evaluated
-    test: dict[str, Any] = field(default_factory=dict)  # of 03_evaluate, where it differs from 02_train
+    test: dict[str, Any] = field(default_factory=dict)  # of 04_evaluate, where it differs from 03_train
 
     @property
     def data(self) -> dict[str, Any]:

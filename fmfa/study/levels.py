@@ -237,7 +237,7 @@ def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = 
     for row, number, home, away, queries in _evaluations(results, split):
         found.setdefault((row, home, away), {})[number] = queries
     if not found:
-        raise ConfigError(f"{results} holds no run evaluated on {split}: run notebooks/03_evaluate.ipynb first")
+        raise ConfigError(f"{results} holds no run evaluated on {split}: run notebooks/04_evaluate.ipynb first")
     _refuse_other_queries(found)
     travelled = {row for row, home, away in found if home != away}
     return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])

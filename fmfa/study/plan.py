@@ -123,7 +123,7 @@ def compute_device() -> str:
 
 @functools.cache
 def _declared() -> dict[str, Parameter]:
-    return notebook_parameters(PROJECT / "notebooks" / "02_train.ipynb")
+    return notebook_parameters(PROJECT / "notebooks" / "03_train.ipynb")
 
 
 def _training(

@@ -124,7 +124,7 @@ def read_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
     if wrong := _not_as_listed(path, record):
         raise ConfigError(
             f"the evaluation in {folder} did not finish, or was changed since: {wrong}; run "
-            "notebooks/03_evaluate.ipynb on it again"
+            "notebooks/04_evaluate.ipynb on it again"
         )
     return record
 
@@ -174,7 +174,7 @@ def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame
     if path is None:
         read_evaluation(folder, split)
         of = f" of {kind}" if kind else ""
-        raise ConfigError(f"{folder} has no evaluation on {split}{of}: run notebooks/03_evaluate.ipynb on it first")
+        raise ConfigError(f"{folder} has no evaluation on {split}{of}: run notebooks/04_evaluate.ipynb on it first")
     table = pd.read_csv(path)
     if path.name.startswith(_QUERIES):
         return table
@@ -242,7 +242,7 @@ def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
 
 
 def export_results(results: str | Path, target: str | Path) -> list[Path]:
-    """Copy what the tables of `notebooks/04_ablation.ipynb` read, without checkpoints and notebooks.
+    """Copy what the tables of `notebooks/05_ablation.ipynb` read, without checkpoints and notebooks.
 
     What `target` holds already stays, so that results may come from several places. Evaluations on other domains
     (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of each starting weights only
@@ -434,7 +434,7 @@ def read_rows(results: str | Path, split: str, kind: str = "") -> Rows:
 
 @dataclass(frozen=True)
 class CompareParameters:
-    """Parameters of `notebooks/04_ablation.ipynb`, checked."""
+    """Parameters of `notebooks/05_ablation.ipynb`, checked."""
 
     results: str
     baseline: str

@@ -49,7 +49,7 @@ def test_train_evaluate_compare(tiny, tmp_path):
         folder = results / f"{method}-0"
         data = {"dataset": "SimPEDES-street", "root": str(tiny)}
         record, text, figures = run(
-            "02_train.ipynb", folder / "train.ipynb", method=method, epochs=2, run=str(folder), seed=3,
+            "03_train.ipynb", folder / "train.ipynb", method=method, epochs=2, run=str(folder), seed=3,
             learning_rate="5e-5", log_gradients_every=2, **data,
         )  # fmt: skip
         assert record["status"] == "finished"
@@ -57,7 +57,7 @@ def test_train_evaluate_compare(tiny, tmp_path):
         assert f"run folder: {folder}" in text
         assert figures == (3 if method == "fmfa" else 2)
         assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-5
-        record, text, figures = run("03_evaluate.ipynb", folder / "evaluate.ipynb", run=str(folder))
+        record, text, figures = run("04_evaluate.ipynb", folder / "evaluate.ipynb", run=str(folder))
         assert record["status"] == "finished"
         assert "ceiling of the captions" in text
         assert figures >= 4
@@ -66,7 +66,7 @@ def test_train_evaluate_compare(tiny, tmp_path):
     (results / "broken-0").mkdir()
     (results / "broken-0" / "run.json").write_text(json.dumps({"status": "failed", "error": "disk full"}))
     record, text, figures = run(
-        "04_ablation.ipynb", results / "comparison.ipynb", results=str(results), baseline="clip"
+        "05_ablation.ipynb", results / "comparison.ipynb", results=str(results), baseline="clip"
     )
     assert record["status"] == "finished"
     assert "No two rows share two seeds" in text
@@ -92,7 +92,7 @@ def test_released_weights_are_evaluated_and_shown_without_a_training(tiny, tmp_p
     about = {"backbone": str(tmp_path / "backbone.json"), "image_height": 96, "image_width": 32, "stride": 8} | data
     folder = tmp_path / "zero-0"
     record, text, figures = run(
-        "02_train.ipynb", folder / "train.ipynb", method="irra", weights=str(released), epochs=0, run=str(folder),
+        "03_train.ipynb", folder / "train.ipynb", method="irra", weights=str(released), epochs=0, run=str(folder),
         **data,
     )  # fmt: skip
     assert record["status"] == "finished"
@@ -100,14 +100,14 @@ def test_released_weights_are_evaluated_and_shown_without_a_training(tiny, tmp_p
     (recall,) = re.findall(r"best epoch 0 with validation R@1 ([\d.]+) %", text)
     assert figures == 1
     record, text, _ = run(
-        "03_evaluate.ipynb", tmp_path / "evaluate.ipynb", run=str(released), split="val", phrases=0,
+        "04_evaluate.ipynb", tmp_path / "evaluate.ipynb", run=str(released), split="val", phrases=0,
         counterfactuals=0, **about,
     )  # fmt: skip
     assert record["status"] == "finished"
     assert f"{released} (IRRA layout)" in text
     assert re.search(rf"this system +text to image +{recall} \[", text)
     runs = json.dumps([str(folder), str(released)])
-    record, text, figures = run("05_visualise.ipynb", tmp_path / "pictures.ipynb", runs=runs, results="", **about)
+    record, text, figures = run("06_visualise.ipynb", tmp_path / "pictures.ipynb", runs=runs, results="", **about)
     assert record["status"] == "finished"
     assert f"{released} (IRRA layout)" in text
     assert figures > 4
@@ -123,7 +123,7 @@ def test_a_full_size_model_takes_three_steps_on_real_format(tmp_path):
     del openai, weights
     folder = tmp_path / "run"
     record, text, _ = run(
-        "02_train.ipynb", folder / "train.ipynb", method="fmfa", dataset="CUHK-PEDES", root=str(tmp_path / "data"),
+        "03_train.ipynb", folder / "train.ipynb", method="fmfa", dataset="CUHK-PEDES", root=str(tmp_path / "data"),
         backbone="ViT-B-16-quickgelu", weights=str(tmp_path / "ViT-B-16.pt"), epochs=1, batch_size=4,
         log_gradients_every=0, run=str(folder),
     )  # fmt: skip
