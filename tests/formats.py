@@ -1,6 +1,7 @@
 """Small data sets in the formats that the owners distribute, written to disk for tests and notebooks."""
 
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fmfa.text.wordpiece import SPECIAL
 
 SPLITS = ("train", "val", "test")
 WORDS = (
@@ -27,6 +30,14 @@ def write_pair_list(folder: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     records = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     (folder / "pairs.json").write_text(json.dumps(records))
+
+
+def write_wordpiece(captions: Sequence[str], path: Path) -> None:
+    """An uncased `vocab.txt`: the special tokens, every letter alone and inside a word, and every word."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(captions).lower())))
+    letters = sorted(set("".join(words)))
+    pieces = dict.fromkeys([*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words])
+    path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
 
 
 def write_cuhk(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import CAPTIONS, write_pair_list
+from formats import CAPTIONS, write_pair_list, write_wordpiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from fmfa.pretraining import loop, pairs
 from fmfa.pretraining.loop import warmup_cosine_rate
 from fmfa.pretraining.methods import DATA, METHODS, WORDPIECE, ClipPixels
 from fmfa.pretraining.stream import web_pair
-from fmfa.pretraining.vocabulary import train_small_vocabulary, train_wordpiece_vocabulary
+from fmfa.pretraining.vocabulary import train_small_vocabulary
 from fmfa.text.bytepair import SMALL_VOCABULARY, small_tokenizer
 from fmfa.text.wordpiece import wordpiece_tokenizer
 
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "HELD_OUT", 6)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     write_pair_list(tmp_path)
-    train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "ivt.txt")
+    write_wordpiece(CAPTIONS, tmp_path / "ivt.txt")
     train_small_vocabulary(CAPTIONS, 280, tmp_path / "clip.txt")
     sizes = {"width": 16, "depth": 1, "heads": 2, "image_size": [32, 16], "patch": 8, "stride": 8, "positions": 24}
     sizes["vocab_size"] = wordpiece_tokenizer(tmp_path / "ivt.txt").vocab_size
@@ -211,7 +211,7 @@ def test_mistakes_are_told_in_a_sentence_before_the_work(folder, monkeypatch, ca
 )
 def test_a_place_that_cannot_be_written_is_noticed_before_the_work(folder, monkeypatch, capsys, out, message):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(command, "fit", None)
+    monkeypatch.setattr(command, "pretrain_model", None)
     (folder / "folder.safetensors").mkdir()
     assert message in error_of(capsys, out, *command_line(folder))
 
@@ -278,7 +278,7 @@ def test_a_damaged_picture_is_named_in_a_line_by_a_worker_too(folder, capsys, wo
 
 
 def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
-    monkeypatch.setattr(command, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(command, "pretrain_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command.main([str(folder / "out.safetensors"), *command_line(folder)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

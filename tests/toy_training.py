@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from formats import write_wordpiece
 from PIL import Image
 from torch import nn
 
@@ -17,7 +18,6 @@ from fmfa.models.distributed import gather
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
 from fmfa.models.outputs import ModelOutput
-from fmfa.pretraining.vocabulary import train_wordpiece_vocabulary
 from fmfa.text.bytepair import small_tokenizer
 from fmfa.text.wordpiece import wordpiece_tokenizer
 from fmfa.training.config import TrainConfig
@@ -151,7 +151,7 @@ def pairs_train(folder, pictures, **changes):
 def pairs_train_ivt(folder, pictures, **changes):
     """IVT with its three text levels, token dropping, drop path and dropout on `write_pairs`."""
     dataset = write_pairs(Path(pictures))
-    train_wordpiece_vocabulary(dataset.table["caption"], 80, Path(pictures) / "vocab.txt")
+    write_wordpiece(dataset.table["caption"], Path(pictures) / "vocab.txt")
     tokenizer = wordpiece_tokenizer(Path(pictures) / "vocab.txt", 40)
     values = {"method": "ivt", "dataset": "toy", "image_height": 32, "image_width": 16, "stride": 8}
     values |= {"batch_size": 8, "instances": 4, "device": "cpu", "tensorboard": False}

@@ -117,17 +117,6 @@ class Evaluation:
         table["hit"] = table["identity"] == self.rows["identity"].iloc[query]
         return table.sort_values(["similarity", "hit"], ascending=[False, True], kind="stable")[:k]
 
-    def ivt_metrics(self, gallery_step: int = 2) -> RankMetrics:
-        """Text to image under the released IVT code's protocol.
-
-        The gallery has a row for each caption (an image once for each of its captions), of which every
-        `gallery_step`-th is kept: 2 on CUHK-PEDES and RSTPReid, 1 on ICFG-PEDES. AP is trapezoidal.
-        """
-        text, _ = self._identities
-        position = self.gallery["image"].pipe(pd.Index).get_indexer(self.rows["image"])
-        gallery = self.image_features[torch.from_numpy(position)]
-        return feature_metrics(self.text_features, gallery, text, text, protocol="ivt", gallery_step=gallery_step)
-
     @property
     def _identities(self) -> tuple[np.ndarray, np.ndarray]:
         return self.rows["identity"].to_numpy(), self.gallery["identity"].to_numpy()

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import (
@@ -110,88 +108,113 @@ def load_weights(
             is unchanged then.
     """
     if isinstance(pretrained, Mapping):
-        path, found = "the state dict", dict(pretrained)
+        source, state = "the state dict", pretrained
     else:
-        path = find_weights(pretrained, model.backbone)
-        found = read_state_dict(path)
-    own = model.state_dict()
-    layout = _layout(found)
+        source = str(find_weights(pretrained, model.backbone))
+        state = read_state_dict(source)
+    layout = _layout(state)
     custom_text = hasattr(model.clip, "text")
-    likely = _likely_grids(model, found, path)
-    loaded, resized, left_out, accepted, reasons, unfit = [], [], [], {}, {}, {}
-    for name, tensor in found.items():
-        if name in NOT_WEIGHTS:
-            continue
-        target = _own_name(name, layout, custom_text)
+    encoders = [name for name in model.state_dict() if name.startswith("clip.") and name not in NOT_ENCODERS]
+    image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
+    return _fit(
+        model,
+        {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS},
+        source,
+        layout,
+        network="CLIP",
+        parts={"image encoder": image, "text encoder": [name for name in encoders if name not in image]},
+        layouts="OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project",
+        renamed=lambda name: _own_name(name, layout, custom_text),
+        tables=(IMAGE_POSITIONS,),
+        grid=tuple(model.clip.visual.grid_size),
+        likely=_likely_grids(model, state, source),
+        given=position_grid,
+    )
+
+
+def _fit(
+    model: nn.Module,
+    state: State,
+    source: str,
+    layout: str,
+    *,
+    network: str,
+    parts: Mapping[str, Sequence[str]],
+    layouts: str,
+    tables: Sequence[str],
+    grid: Grid,
+    likely: Sequence[Mapping[Grid, str]],
+    given: Grid | None,
+    renamed: Callable[[str], str] = str,
+) -> LoadReport:
+    """Load what fits into a model, unless a part of it would keep random values.
+
+    Args:
+        model: changed in place.
+        state: the tensors of the file.
+        source, layout: of the report.
+        network: the model's name.
+        parts: names of the model's tensors that must all be loaded, by part.
+        layouts: whose names are understood.
+        tables: the model's tensors of image positions, on `grid`.
+        grid: of the model, (rows, columns).
+        likely, given: of the file's grid, for `table_grid`.
+        renamed: from a name of the file to the model's.
+
+    Raises:
+        CheckpointError: see `load_weights`.
+    """
+    own = model.state_dict()
+    accepted, resized, left_out, reasons, unfit = {}, [], [], {}, {}
+    for name, tensor in state.items():
+        target = renamed(name)
         if target not in own:
             left_out.append(name)
             reasons[name] = "the model has no such tensor"
             continue
-        require_numbers(name, tensor, path)
-        try:
-            fitted = _fitted(target, tensor, own[target], model, likely, position_grid)
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        if fitted is None:
+        require_numbers(name, tensor, source)
+        ours, how = own[target], ""
+        width_fits = tensor.dim() == ours.dim() > 1 and tensor.shape[-1] == ours.shape[-1]
+        if target in tables and width_fits and tensor.shape[:-2] == ours.shape[:-2]:
+            try:
+                file_grid, what = table_grid(tensor.shape[-2] - 1, *likely, given=given)
+            except ConfigError as error:
+                raise CheckpointError(f"{source}: {target}: {error}") from error
+            value, how = _on_grid(tensor, file_grid, what, grid)
+        elif target in TEXT_POSITIONS and width_fits and len(tensor) > len(ours):
+            value, how = tensor[: len(ours)], f"{len(tensor)} positions cut to the first {len(ours)}"
+        elif tensor.shape == ours.shape or tensor.numel() == ours.numel() == 1:
+            value = tensor
+        else:
             left_out.append(name)
-            reasons[name] = unfit[target] = f"{list(tensor.shape)} in the file, {list(own[target].shape)} in the model"
+            reasons[name] = unfit[target] = f"{list(tensor.shape)} in the file, {list(ours.shape)} in the model"
             continue
-        value, how = fitted
-        accepted[target] = value.reshape(own[target].shape)
-        (loaded if value is tensor else resized).append(target)
+        accepted[target] = value.reshape(ours.shape)
+        resized += [target] * (value is not tensor)
         reasons |= {target: how} if how else {}
-    encoders = [name for name in own if name.startswith("clip.") and name not in NOT_ENCODERS]
-    image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
-    towers = {"image encoder": image, "text encoder": [name for name in encoders if name not in image]}
-    layouts = "OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project"
-    require_whole("CLIP", towers, accepted, found, path, layouts, unfit)
-    model.load_state_dict(accepted, strict=False)
-    missing = tuple(name for name in own if name not in accepted)
-    return LoadReport(tuple(loaded), tuple(resized), tuple(left_out), missing, reasons, source=str(path), layout=layout)
-
-
-def require_whole(
-    network: str,
-    parts: Mapping[str, Sequence[str]],
-    accepted: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    source: str | Path,
-    layouts: str,
-    unfit: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Refuse weights that would leave a part of a network with its random values.
-
-    Args:
-        network: its name.
-        parts: its tensors by part.
-        accepted: what it gets.
-        found: the tensors of the file.
-        source: of the weights.
-        layouts: whose names are understood.
-        unfit: why a tensor of the file does not fit the network's of this name.
-
-    Raises:
-        CheckpointError: a tensor of a part is not among `accepted`; the message says what was looked for and what is
-            in the file.
-    """
     for part, names in parts.items():
-        lost = [name for name in names if name not in accepted]
-        if not lost:
-            continue
-        fitting = sum(name in accepted for names in parts.values() for name in names)
-        fits = f"{fitting or 'none'} of its {len(found)} tensors fit{'s' * (fitting < 2)}"
-        wanted = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
-        wanted += " and more" * (len(lost) > NAMED)
-        groups: dict[str, list[str]] = {}
-        for name in found:
-            groups.setdefault(name.split(".")[0], []).append(name)
-        largest = sorted(groups.values(), key=len, reverse=True)
-        held = ", ".join(f"{len(group)} like {group[0]}" for group in largest[:GROUPS])
-        raise CheckpointError(
-            f"{source}: {fits} this model's {network}, whose {part} would keep random values in {len(lost)} of "
-            f"{len(names)} tensors; looked for {wanted}. "
-            f"The file has {held or 'no tensors'}. Expected weights of the same sizes with the names of {layouts}"
-        )
+        if lost := [name for name in names if name not in accepted]:
+            fitting = sum(name in accepted for names in parts.values() for name in names)
+            wanted = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
+            raise CheckpointError(
+                f"{source}: {fitting or 'none'} of its {len(state)} tensors fit{'s' * (fitting < 2)} this model's "
+                f"{network}, whose {part} would keep random values in {len(lost)} of {len(names)} tensors; looked for "
+                f"{wanted}{' and more' * (len(lost) > NAMED)}. The file has {_kinds(state) or 'no tensors'}. "
+                f"Expected weights of the same sizes with the names of {layouts}"
+            )
+    model.load_state_dict(accepted, strict=False)
+    loaded = tuple(name for name in accepted if name not in resized)
+    missing = tuple(name for name in own if name not in accepted)
+    return LoadReport(loaded, tuple(resized), tuple(left_out), missing, reasons, source, layout)
+
+
+def _kinds(state: State) -> str:
+    """The most frequent kinds of names, with an example of each."""
+    groups: dict[str, list[str]] = {}
+    for name in state:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    largest = sorted(groups.values(), key=len, reverse=True)
+    return ", ".join(f"{len(group)} like {group[0]}" for group in largest[:GROUPS])
 
 
 def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
@@ -257,30 +280,12 @@ def _likely_grids(model: ClipRetriever, found: Mapping[str, Tensor], path: str |
     return [said, own | {tuple(model.clip.visual.grid_size): "the model's"}]
 
 
-def _fitted(
-    target: str,
-    tensor: Tensor,
-    own: Tensor,
-    model: ClipRetriever,
-    likely: Sequence[Mapping[Grid, str]],
-    given: Grid | None,
-) -> tuple[Tensor, str] | None:
-    """The tensor, changed where it must be and can be, and how it was taken; None where it does not fit."""
-    same_width = tensor.dim() == own.dim() == 2 and tensor.shape[1] == own.shape[1]
-    if same_width and target == IMAGE_POSITIONS:
-        grid, what = table_grid(len(tensor) - 1, *likely, given=given)
-        return on_grid(tensor, grid, what, tuple(model.clip.visual.grid_size))
-    if same_width and target in TEXT_POSITIONS and len(tensor) > len(own):
-        return tensor[: len(own)], f"{len(tensor)} positions cut to the first {len(own)}"
-    return (tensor, "") if tensor.shape == own.shape or tensor.numel() == own.numel() == 1 else None
-
-
-def on_grid(table: Tensor, grid: Grid, what: str, target: Grid) -> tuple[Tensor, str]:
-    """A table of image positions [1 + N, D] of `grid`, which is `what`, on the grid `target`; and how it came there."""
-    spoken, positions = f"{grid[0]} x {grid[1]}", f"{len(table) - 1} positions"
+def _on_grid(table: Tensor, grid: Grid, what: str, target: Grid) -> tuple[Tensor, str]:
+    """A table of image positions [..., 1 + N, D] of `grid`, which is `what`, on `target`; and how it came there."""
+    spoken, positions = f"{grid[0]} x {grid[1]}", f"{table.shape[-2] - 1} positions"
     if grid == target:
         return table, f"{positions}, grid {spoken} ({what})"
-    resized = resize_positions(table, target, source_grid=grid)
+    resized = resize_positions(table.flatten(0, -2), target, source_grid=grid)
     return resized, f"{positions}, grid {spoken} to {target[0]} x {target[1]}, bilinear ({spoken}: {what})"
 
 
@@ -288,7 +293,6 @@ def load_ivt(
     model: IvtRetriever,
     source: str | Path | State,
     *,
-    positions: Literal["resize", "keep"] = "resize",
     position_grid: Grid | None = None,
 ) -> LoadReport:
     """Load a released IVT checkpoint (fine-tuned or pre-trained), or any state dict with its names.
@@ -299,9 +303,6 @@ def load_ivt(
     Args:
         model: receives the weights in place.
         source: a file (torch's zip or legacy container, or safetensors) or the tensors by name.
-        positions: what happens to `pos_embed` and `type_embed` when the file's patch grid differs:
-            "resize" interpolates them, "keep" leaves the model's own values, as the released code does
-            without saying so.
         position_grid: (rows, columns) of the file's tables; None decides by `table_grid`, where the file's own record
             comes first, then the model's pictures at any stride.
 
@@ -311,17 +312,13 @@ def load_ivt(
     Raises:
         CheckpointError: the file cannot be read, a tensor of the model is missing, of another shape, or not of dense
             finite floating-point numbers, or the grid of the tables is not known. The model is unchanged then.
-        ConfigError: `positions` is neither.
     """
-    if positions not in ("resize", "keep"):
-        raise ConfigError(f"positions {positions!r}: use 'resize' or 'keep'")
-    state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
+    state = source if isinstance(source, Mapping) else read_state_dict(source)
     recorded = None if isinstance(source, Mapping) else recorded_grid(source)
     strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
     own = {replace(model.sizes, stride=stride).grid: f"these pictures at stride {stride}" for stride in strides}
     likely = [{recorded: "as recorded"} if recorded else {}, own]
-    keep = positions == "keep"
-    return _copy(model, state, _name(source), "IVT", likely, position_grid, POSITION_TABLES if keep else (), keep)
+    return _fit_ivt(model, state, _name(source), "IVT", likely, position_grid)
 
 
 def start_from_vit_and_bert(
@@ -346,61 +343,34 @@ def start_from_vit_and_bert(
     Raises:
         CheckpointError: a name cannot be fetched, or as in `load_ivt`.
     """
-    state = _from_vit(_state_of(vit, _download_vit)) | _from_bert(_state_of(bert, _download_bert))
+    state = _from_vit(_state_of(vit, _download_vit, "timm", "a ViT state dict with timm's names")) | _from_bert(
+        _state_of(bert, _download_bert, "the Hugging Face hub", "a BERT state dict (model.safetensors)")
+    )
     squares = dict.fromkeys(((side, side) for side in range(1, 65)), "square, as a ViT's")
-    return _copy(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", [squares], position_grid, TYPES)
+    return _fit_ivt(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", [squares], position_grid, TYPES)
 
 
-def _copy(
+def _fit_ivt(
     model: IvtRetriever,
-    state: dict[str, Tensor],
+    state: State,
     source: str,
     layout: str,
     likely: Sequence[Mapping[Grid, str]],
     given: Grid | None,
     may_miss: Sequence[str] = (),
-    keep: bool = False,
 ) -> LoadReport:
-    own = model.state_dict()
-    accepted, resized, left_out, reasons = {}, [], [], {}
-    for name, value in state.items():
-        if name not in own:
-            left_out.append(name)
-            reasons[name] = "the model has no such tensor"
-            continue
-        require_numbers(name, value, source)
-        ours = own[name].shape
-        if name in POSITION_TABLES and value.dim() == 3 and value.shape[::2] == ours[::2]:
-            count = value.shape[1] - 1
-            if keep and value.shape != ours:
-                left_out.append(name)
-                reasons[name] = f"{count} positions of another grid; the model keeps its own values"
-                continue
-            try:
-                grid, what = table_grid(count, *likely, given=given)
-            except ConfigError as error:
-                raise CheckpointError(f"{source}: {name}: {error}") from error
-            accepted[name], reasons[name] = on_grid(value[0], grid, what, model.sizes.grid)
-            accepted[name] = accepted[name][None]
-            resized += [name] * (grid != model.sizes.grid)
-        elif value.shape != ours:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(value.shape)}, in the model {tuple(ours)}; "
-                "build the model with the file's sizes (width, patch, vocabulary, text positions)"
-            )
-        else:
-            accepted[name] = value
-    wanted = {"encoder": [name for name in own if name not in may_miss]}
-    require_whole("IVT", wanted, accepted, state, source, "IVT (released or of this project), or timm's ViT and BERT")
-    model.load_state_dict(accepted, strict=False)
-    return LoadReport(
-        loaded=tuple(name for name in accepted if name not in resized),
-        resized=tuple(resized),
-        left_out=tuple(left_out),
-        missing=tuple(name for name in own if name not in accepted),
-        reasons=reasons,
-        source=source,
-        layout=layout,
+    return _fit(
+        model,
+        state,
+        source,
+        layout,
+        network="IVT",
+        parts={"encoder": [name for name in model.state_dict() if name not in may_miss]},
+        layouts="IVT (released or of this project), or timm's ViT and BERT",
+        tables=POSITION_TABLES,
+        grid=model.sizes.grid,
+        likely=likely,
+        given=given,
     )
 
 
@@ -430,35 +400,30 @@ def _from_bert(state: State) -> dict[str, Tensor]:
     return {renamed(name): value for name, value in state.items()}
 
 
-def _state_of(source: str | Path | State, download: Callable[[str], State]) -> State:
+def _state_of(source: str | Path | State, download: Callable[[str], nn.Module], where: str, file: str) -> State:
     if isinstance(source, Mapping):
         return source
-    return read_state_dict(source) if Path(source).is_file() else download(str(source))
+    if Path(source).is_file():
+        return read_state_dict(source)
+    try:
+        return download(str(source)).state_dict()
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(source)!r}: no such file here, and no model of this name could be fetched from {where}; without a "
+            f"network, give the path of {file}"
+        ) from error
 
 
-def _download_vit(name: str) -> State:
+def _download_vit(name: str) -> nn.Module:
     import timm
 
-    try:
-        return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:
-        raise _unfetched(name, "timm", "a ViT state dict with timm's names") from error
+    return timm.create_model(name, pretrained=True)
 
 
-def _download_bert(name: str) -> State:
+def _download_bert(name: str) -> nn.Module:
     from transformers import BertModel
 
-    try:
-        return BertModel.from_pretrained(name).state_dict()
-    except Exception as error:
-        raise _unfetched(name, "the Hugging Face hub", "a BERT state dict (model.safetensors)") from error
-
-
-def _unfetched(name: str, where: str, file: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name!r}: no such file here, and no model of this name could be fetched from {where}; without a "
-        f"network, give the path of {file}"
-    )
+    return BertModel.from_pretrained(name)
 
 
 def _name(source: str | Path | State) -> str:

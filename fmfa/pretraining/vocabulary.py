@@ -23,7 +23,6 @@ from fmfa.text.bytepair import (
     _byte_level,
     clean_caption,
 )
-from fmfa.text.wordpiece import SPECIAL, _uncased
 
 
 def vocabulary_corpus(seed: int = 0, identities: int = 240, web: int = 4000) -> Iterator[str]:
@@ -65,33 +64,6 @@ def train_small_vocabulary(captions: Iterable[str], size: int, path: str | Path)
     tokens = [PAD, *alphabet, *map("".join, merges), MASK, START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     _byte_level(models.BPE(vocab=vocabulary, merges=merges)).save(str(path))
-
-
-def train_wordpiece_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:
-    """Learn an uncased WordPiece vocabulary of at most `size` pieces and write it as a `vocab.txt`.
-
-    The special tokens come first (`[PAD]` is 0), then every letter alone and inside a word, then the
-    pieces in the order in which they were learnt. The result depends on the arguments only.
-
-    Raises:
-        ConfigError: `size` is too small for the special tokens and letters alone.
-    """
-    captions = list(captions)
-    pieces = _uncased(models.WordPiece(unk_token="[UNK]"))
-    letters = sorted({letter for caption in captions for letter in pieces.normalizer.normalize_str(caption)})
-    letters = [letter for letter in letters if not letter.isspace()]
-    # The trainer numbers letters inside words in hash order and breaks ties by number, so they are
-    # numbered for it here.
-    numbered = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
-    if len(numbered) > size:
-        raise ConfigError(
-            f"a vocabulary of {size} pieces cannot hold the {len(numbered)} special tokens and letters of "
-            "the captions; ask for more pieces"
-        )
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=numbered, show_progress=False)
-    pieces.train_from_iterator(captions, trainer)
-    vocabulary = pieces.get_vocab()
-    Path(path).write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

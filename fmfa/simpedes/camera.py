@@ -5,7 +5,7 @@ person, and every step works on fixed neighbourhoods, so changing an attribute c
 Arithmetic that reaches a pixel is integer or plain IEEE, so the bytes do not depend on the processor.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -68,12 +68,6 @@ class Rendering:
     visible: dict[str, float]  # fraction of the crop that each part covers, measured at BASE_SIZE
     view: View
     occluder: str  # "none", "pole", "bench" or "bush"
-
-    def touches(self, part: str) -> np.ndarray:
-        """Return where any sample of a pixel shows a part: bool [H, W]."""
-        height, width = self.parts.shape
-        shown = self.samples == PARTS.index(part)
-        return shown.reshape(height, len(shown) // height, width, -1).any(axis=(1, 3))
 
 
 def render(person: Person, camera: Camera, seed, size: tuple[int, int] = BASE_SIZE) -> Rendering:
@@ -221,8 +215,3 @@ def degrade(image: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.n
     bytes_ = rng.integers(0, 256, (4, height, width, 3), dtype=np.uint8)
     noise = bytes_.sum(axis=0, dtype=np.int32) - 510
     return np.clip(pixels + (noise * int(camera.noise * 64)) // (148 * 64), 0, 255).astype(np.uint8)
-
-
-def without_nuisance(camera: Camera) -> Camera:
-    """Return a camera that neither blurs, nor adds noise, nor is ever obstructed."""
-    return replace(camera, resolution=1.2, blur=0.0, noise=0.0, occlusion=0.0)

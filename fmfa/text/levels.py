@@ -16,7 +16,6 @@ from fmfa.errors import ConfigError
 from fmfa.text.bytepair import Span
 
 SHORTEST_PIECE = 5  # characters; a piece must have more
-LONGEST_CAPTION = 90  # tokens of an ICFG-PEDES caption that the released reader keeps
 LevelForm = Literal["attributes", "clauses", "true_spans"]
 LEVEL_FORMS: dict[str, LevelForm] = {
     "CUHK-PEDES": "attributes",
@@ -149,25 +148,6 @@ class LevelReader:
         """How many word- and phrase-level texts of one pass over the table are the whole caption."""
         rows = table.to_dict("records")
         return sum(self(row["caption"], row, generator).fallbacks for row in rows)
-
-
-def cut_long_caption(caption: str, tokens: Sequence[str], limit: int = LONGEST_CAPTION) -> tuple[str, bool]:
-    """ICFG-PEDES' cut of captions with more than `limit` tokens, and whether it had to be skipped.
-
-    The released reader cuts where the text of token number limit + 1 *first occurs* in the caption,
-    which may be far too early. Where that leaves nothing, or the token is not in the caption, the whole
-    caption is kept and the second value is True.
-
-    Args:
-        caption: the caption.
-        tokens: its tokens as the annotation file lists them.
-        limit: tokens kept.
-    """
-    if len(tokens) <= limit:
-        return caption, False
-    position = caption.find(tokens[limit])
-    kept = caption[:position].strip() if position > 0 else ""
-    return (kept, False) if kept else (caption, True)
 
 
 def _without_outer_marks(caption: str) -> str:

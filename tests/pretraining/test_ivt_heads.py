@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from formats import CAPTIONS, write_pair_list
+from formats import CAPTIONS, write_pair_list, write_wordpiece
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertLMPredictionHead
 
@@ -16,7 +16,6 @@ from fmfa.pretraining import ivt_heads as ivt_pretraining
 from fmfa.pretraining.ivt_heads import FusionEncoder, IvtPretrainer, hard_negatives, itc_uniform
 from fmfa.pretraining.methods import MaskedCaptions
 from fmfa.pretraining.pairs import ImageCaptionList, PretrainingPairs, collate_pairs
-from fmfa.pretraining.vocabulary import train_wordpiece_vocabulary
 from fmfa.text.wordpiece import SPECIAL, wordpiece_tokenizer
 
 TINY = IvtConfig(width=32, depth=2, heads=2, image_size=(32, 16), patch=8, stride=8, vocab_size=50, positions=24)
@@ -330,7 +329,7 @@ def test_bfloat16_agrees_with_float32():
 @pytest.fixture
 def pair_list(tmp_path):
     write_pair_list(tmp_path)
-    train_wordpiece_vocabulary([c.lower() for c in CAPTIONS], 60, tmp_path / "vocab.txt")
+    write_wordpiece(CAPTIONS, tmp_path / "vocab.txt")
     return tmp_path
 
 

@@ -15,7 +15,6 @@ from fmfa.text.levels import (
     LEVEL_FORMS,
     LevelReader,
     clause_candidates,
-    cut_long_caption,
     join_attributes,
     phrase_candidates,
     sentence_pieces,
@@ -165,19 +164,3 @@ def test_wrong_arguments_are_refused():
 
 def test_every_real_data_set_has_a_form():
     assert LEVEL_FORMS == {"CUHK-PEDES": "attributes", "ICFG-PEDES": "clauses", "RSTPReid": "clauses"}
-
-
-def test_long_captions_are_cut_at_the_first_occurrence_of_the_token():
-    tokens = [f"w{i}" for i in range(100)]
-    caption = " ".join(tokens)
-    assert cut_long_caption(caption, tokens[:90]) == (caption, False)
-    assert cut_long_caption(caption, tokens) == (caption[: caption.index("w90")].strip(), False)
-    early = [*tokens[:90], "w5"]
-    assert cut_long_caption(caption, early) == ("w0 w1 w2 w3 w4", False)
-
-
-@pytest.mark.parametrize("token", ["w0", "absent"])
-def test_a_cut_that_empties_or_fails_keeps_the_whole_caption(token):
-    tokens = [f"w{i}" for i in range(90)]
-    caption = " ".join(tokens)
-    assert cut_long_caption(caption, [*tokens, token]) == (caption, True)

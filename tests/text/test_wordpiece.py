@@ -1,14 +1,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmfa.errors import ConfigError
-from fmfa.pretraining.vocabulary import train_wordpiece_vocabulary
 from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 
 TABLE = json.loads((Path(__file__).parents[1] / "fixtures" / "ivt_tables.json").read_text())["tokenizer"]
@@ -114,25 +112,3 @@ def test_files_that_are_no_vocabulary(tmp_path):
     binary.write_bytes(bytes(range(256)))
     with pytest.raises(ConfigError, match=r"model\.bin.*expected a vocab\.txt"):
         wordpiece_tokenizer(binary)
-
-
-def test_a_trained_vocabulary_repeats_and_covers_its_captions(tmp_path):
-    letters = np.random.default_rng(0).choice(list("abcdefgh"), size=(400, 30))
-    captions = [*map("".join, letters.tolist()), "a man in a RED coat", "the man has red shoes"]
-    captions = [caption.replace("h", " ") for caption in captions] * 2
-    files = [tmp_path / name for name in "abc"]
-    for file in files:
-        train_wordpiece_vocabulary(captions, 200, file)
-    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
-    small = wordpiece_tokenizer(files[0])
-    assert small.pad_id == 0
-    assert small.vocab_size == 200
-    assert "[UNK]" not in {token for row in small(captions) for token in small.decode(row)}
-
-
-def test_learnt_pieces_include_frequent_words(tmp_path):
-    train_wordpiece_vocabulary(["a man in a RED coat", "the man has red shoes"] * 5, 90, tmp_path / "v.txt")
-    small = wordpiece_tokenizer(tmp_path / "v.txt")
-    assert small.decode(small(["The man has red shoes"])[0]) == ["[CLS]", "the", "man", "has", "red", "shoes"]
-    with pytest.raises(ConfigError, match="cannot hold the 17 special tokens and letters"):
-        train_wordpiece_vocabulary(["a red bag"], 14, tmp_path / "v.txt")
