@@ -24,10 +24,6 @@ if TYPE_CHECKING:  # It brings torch, which the processes that decode pictures h
     from fmfa.text.bytepair import Tokenizer
 
 
-if TYPE_CHECKING:
-    from fmfa.text.bytepair import Tokenizer
-
-
 SPLITS = ("train", "val", "test")
 OLDER = "RSTPReid, older split"
 PUBLISHED = {
@@ -50,6 +46,7 @@ Zhu et al., ACM MM 2021 (five images per identity, two captions per image); the 
 """
 _CHUNK = 64
 _WORTH_PROCESSES = 1000
+_SPOKEN = "{:,} identities, {:,} images, {:,} captions"
 SEVERITIES = ("fatal", "warning", "note", "ok")
 EXAMPLES = 3
 Finding = tuple[str, str, int, str]
@@ -109,7 +106,7 @@ def check_dataset(
 
     Fatal are: a missing image folder, missing or unreadable pictures, empty captions, a picture listed for two people,
     and identities or images shared between train and test. Copies of a picture under other names are found by their
-    pixels and are warnings; links that lead out of the folder are followed and noted.
+    pixels and are warnings.
 
     Raises:
         ConfigError: `workers` is not positive.
@@ -117,23 +114,19 @@ def check_dataset(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}; expected 1 or more")
-    table = dataset.table
-    return collect(
-        dataset.name,
-        [
-            *check_pictures(dataset.images, table, decode, workers, progress),
-            *check_captions(table, tokenizer or _usual_tokenizer(dataset)),
-            *check_identities(table),
-            *check_counts(dataset.name, table),
-            *(("reading", "note", 0, note) for note in dataset.notes),
-        ],
-    )
-
-
-def _usual_tokenizer(dataset: Dataset) -> "Tokenizer":
     from fmfa.text.bytepair import clip_tokenizer, small_tokenizer
 
-    return small_tokenizer() if dataset.name.startswith("SimPEDES") else clip_tokenizer()
+    usual = small_tokenizer if dataset.name.startswith("SimPEDES") else clip_tokenizer
+    findings = [
+        *check_pictures(dataset.images, dataset.table, decode, workers, progress),
+        *check_captions(dataset.table, tokenizer or usual()),
+        *check_identities(dataset.table),
+        *check_counts(dataset.name, dataset.table),
+        *(("reading", "note", 0, note) for note in dataset.notes),
+    ]
+    table = pd.DataFrame(findings, columns=["check", "severity", "count", "detail"]).astype({"count": "int64"})
+    worst_first = np.argsort(table["severity"].map(SEVERITIES.index), kind="stable")
+    return CheckReport(dataset.name, table.iloc[worst_first].reset_index(drop=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,29 +193,26 @@ def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Find
     )
 
 
+def _places(rows: pd.DataFrame) -> list[str]:
+    return [f"{image} (record {record})" for image, record in zip(rows["image"], rows["record"])]
+
+
 def check_identities(table: pd.DataFrame) -> Iterator[Finding]:
-    """Yield findings on identities and images that stand where they should not."""
-    for things, column in (("identities", "identity"), ("images", "image")):
-        pairs = table[[column, "split"]].drop_duplicates()
-        pairs = pairs[pairs[column].duplicated(keep=False)]
-        splits = pairs.groupby(column)["split"].agg(list)
-        leak = any({"train", "test"} <= set(names) for names in splits)
-        yield finding(
-            f"{things} in two splits",
-            "fatal" if leak else "warning",
-            (f"{thing} ({', '.join(names)})" for thing, names in splits.items()),
-            "none",
-            "No model may be tested on what it was trained on" if leak else "",
-        )
-    names = table[["image", "identity"]].drop_duplicates()
-    names = names[names["image"].duplicated(keep=False)].groupby("image")["identity"].agg(list)
-    yield finding(
-        "images named by two identities",
-        "fatal",
-        (f"{image} ({', '.join(map(str, identities))})" for image, identities in names.items()),
-        "none",
-        "List each picture for the one person whom it shows",
-    )
+    """Yield findings on identities and images of two splits, and on images of two identities."""
+    for things, column, other in (
+        ("identities in two splits", "identity", "split"),
+        ("images in two splits", "image", "split"),
+        ("images named by two identities", "image", "identity"),
+    ):
+        pairs = table[[column, other]].drop_duplicates()
+        several = pairs[pairs[column].duplicated(keep=False)].groupby(column)[other].agg(list)
+        severity, advice = "fatal", "List each picture for the one person whom it shows"
+        if other == "split":
+            leak = any({"train", "test"} <= set(splits) for splits in several)
+            severity = "fatal" if leak else "warning"
+            advice = "No model may be tested on what it was trained on" if leak else ""
+        shown = (f"{thing} ({', '.join(map(str, others))})" for thing, others in several.items())
+        yield finding(things, severity, shown, "none", advice)
 
 
 def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
@@ -231,53 +221,34 @@ def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
     Held-out validation identities count with train, as published; they have a row of their own as well.
     """
     held_out = table["held_out"] if "held_out" in table else pd.Series(False, index=table.index)
-    split = table["split"].mask(held_out, "train")
-    counts = {split: _counts(part) for split, part in table.groupby(split)}
+    counts = {split: _counts(part) for split, part in table.groupby(table["split"].mask(held_out, "train"))}
     if name == "RSTPReid":
-        name, version = _rstpreid_version(counts)
-        yield version
+        people = tuple(counts.get(split, (0,))[0] for split in SPLITS)
+        older = people == (3901, 100, 100)
+        words = "the older split; results do not compare" if older else "the usual split"
+        known = older or people == (3701, 200, 200)
+        words = words if known else "expected 3701 / 200 / 200 or the older 3901 / 100 / 100"
+        shown = " / ".join(map(str, people))
+        yield "RSTPReid split version", "note" if known else "warning", int(not known), f"{shown} identities: {words}"
+        name = OLDER if older else name
     for split in SPLITS:
-        found, published = counts.get(split), PUBLISHED.get((name, split))
-        if found:
-            beside = "; as published" if found == published else f"; published are {_spoken(published)}"
-            severity = "ok" if found == published else "warning"
-            if published is None:
-                beside, severity = "; no published counts to compare with", "note"
-            yield f"counts of {split}", severity, found[2], _spoken(found) + beside
-        elif published or not held_out.any():
-            beside = f"; published are {_spoken(published)}" if published else ""
-            yield f"counts of {split}", "warning", 0, f"there is no {split} split{beside}"
+        published = PUBLISHED.get((name, split))
+        beside = f"; published are {_SPOKEN.format(*published)}" if published else ""
+        if split not in counts:
+            if published or not held_out.any():
+                yield f"counts of {split}", "warning", 0, f"there is no {split} split{beside}"
+            continue
+        severity = "ok" if counts[split] == published else "warning" if published else "note"
+        beside = {"ok": "; as published", "note": "; no published counts to compare with"}.get(severity, beside)
+        yield f"counts of {split}", severity, counts[split][2], _SPOKEN.format(*counts[split]) + beside
     if held_out.any():
         found = _counts(table[held_out])
-        yield (
-            "counts of val",
-            "note",
-            found[2],
-            f"{_spoken(found)}, held out of train and counted there as well",
-        )
-
-
-def _places(rows: pd.DataFrame) -> list[str]:
-    return [f"{image} (record {record})" for image, record in zip(rows["image"], rows["record"])]
+        detail = f"{_SPOKEN.format(*found)}, held out of train and counted there as well"
+        yield "counts of val", "note", found[2], detail
 
 
 def _counts(part: pd.DataFrame) -> tuple[int, int, int]:
     return part["identity"].nunique(), part["image"].nunique(), len(part)
-
-
-def _spoken(counts: tuple[int, int, int] | None) -> str:
-    return "{:,} identities, {:,} images, {:,} captions".format(*counts) if counts else "none"
-
-
-def _rstpreid_version(counts: dict[str, tuple[int, int, int]]) -> tuple[str, Finding]:
-    check = "RSTPReid split version"
-    found = tuple(counts.get(split, (0,))[0] for split in SPLITS)
-    shown = " / ".join(map(str, found))
-    for name, words in (("RSTPReid", "the usual split"), (OLDER, "the older split; results do not compare")):
-        if found == tuple(PUBLISHED[name, split][0] for split in SPLITS):
-            return name, (check, "note", 0, f"{shown} identities: {words}")
-    known = "3701 / 200 / 200 or the older 3901 / 100 / 100"
-    return "RSTPReid", (check, "warning", 1, f"{shown} identities, expected {known}")
 
 
 def check_pictures(
@@ -285,35 +256,32 @@ def check_pictures(
 ) -> Iterator[Finding]:
     """Yield findings on the pictures of the image folder `folder` that a data set's table names."""
     if not os.path.isdir(folder):
-        yield (
-            "image folder",
-            "fatal",
-            1,
-            f"{folder} is not a folder; put the pictures there or give their folder",
-        )
+        yield "image folder", "fatal", 1, f"{folder} is not a folder; put the pictures there or give their folder"
         return
     yield "image folder", "ok", 0, str(folder)
-    relative = pd.Series(table["image"].unique())
-    found = find_pictures(folder, relative)
-    folders = relative.str.rpartition("/")[0]
+    pictures = pd.Series(table["image"].unique())
+    folders, names = pictures.str.rpartition("/")[0], pictures.str.rpartition("/")[2]
+    files = {name: _files_of(folder / name) for name in folders.unique()}
+    absent = [name for name in files if files[name] is None]
     sizes = folders.value_counts()
-    absent = folders[found["folder_missing"]].value_counts()
     yield finding(
         "missing folders",
         "fatal",
-        (f"{name} ({count:,} pictures)" for name, count in absent.items()),
-        f"all {len(sizes):,} folders are there",
+        (f"{name} ({sizes[name]:,} pictures)" for name in absent),
+        f"all {len(files):,} folders are there",
     )
-    missing = relative[found["missing"]]
+    # Asking again covers file systems that do not tell A.jpg from a.jpg.
+    there = np.array(
+        [name in (files[at] or ()) or os.path.isfile(folder / at / name) for at, name in zip(folders, names)]
+    )
+    missing = pictures[~there]
     parts = [
-        f"{name or 'image folder'}: {len(paths):,} of {sizes[name]:,}, such as {', '.join(paths[:EXAMPLES])}"
-        for name, paths in missing.groupby(folders[missing.index])
+        f"{at or 'image folder'}: {len(paths):,} of {sizes[at]:,}, such as {', '.join(paths[:EXAMPLES])}"
+        for at, paths in missing.groupby(folders[missing.index])
     ]
-    severity = "fatal" if parts else "ok"
-    detail = "; ".join(parts) or f"all {len(relative):,} files are there"
-    yield "missing pictures", severity, len(missing), detail
-    yield finding("links out of the image folder", "note", relative[found["outside"]], "none")
-    present = relative[~found["missing"]].tolist()
+    detail = "; ".join(parts) or f"all {len(pictures):,} files are there"
+    yield "missing pictures", "fatal" if parts else "ok", len(missing), detail
+    present = pictures[there].tolist()
     if not decode:
         yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
         yield "identical pictures", "note", 0, "pictures were not decoded, and so not compared with each other"
@@ -324,36 +292,12 @@ def check_pictures(
     yield from _identical(table, decoded["pixels"].dropna())
 
 
-def find_pictures(images: Path, relative: pd.Series) -> pd.DataFrame:
-    """Look for files without opening them, folder by folder.
-
-    Args:
-        images: the image folder.
-        relative: paths inside it, each once.
-
-    Returns:
-        Boolean columns with the index of `relative`: `missing` (no such file), `folder_missing` (nor its
-        folder), `outside` (a link of the user's leads out of `images`).
-    """
-    states = pd.DataFrame(False, index=relative.index, columns=["missing", "folder_missing", "outside"])
-    for folder, paths in relative.groupby(relative.str.rpartition("/")[0]):
-        try:
-            with os.scandir(images / folder) as entries:
-                links = {entry.name: entry.is_symlink() for entry in entries}
-        except OSError:
-            states.loc[paths.index, ["missing", "folder_missing"]] = True
-            continue
-        inside = not folder or _stays_inside(images, folder)
-        names = paths.str.rpartition("/")[2]
-        # Asking again covers file systems that do not tell A.jpg from a.jpg, and links that lead nowhere.
-        states.loc[paths.index, "missing"] = [
-            links.get(name, True) and not os.path.isfile(images / folder / name) for name in names
-        ]
-        states.loc[paths.index, "outside"] = [
-            not inside or (links.get(name, False) and not _stays_inside(images, path))
-            for name, path in zip(names, paths)
-        ]
-    return states
+def _files_of(folder: Path) -> set[str] | None:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return None
 
 
 def decode_pictures(images: Path, relative: list[str], workers: int | None, progress: bool) -> pd.DataFrame:
@@ -420,29 +364,13 @@ def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
     yield finding("identical pictures in two splits", "warning", across, "none", advice)
 
 
-def _stays_inside(images: Path, relative: str) -> bool:
-    return Path(os.path.realpath(images / relative)).is_relative_to(os.path.realpath(images))
-
-
-def collect(dataset: str, findings: Iterable[Finding]) -> CheckReport:
-    """Put findings into one table, the worst first, otherwise in the order in which they came."""
-    table = pd.DataFrame(findings, columns=["check", "severity", "count", "detail"]).astype({"count": "int64"})
-    rank = table["severity"].map(SEVERITIES.index)
-    return CheckReport(dataset, table.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True))
-
-
 def finding(check: str, severity: str, found: Iterable[str], fine: str, advice: str = "") -> Finding:
     """A row that counts what was found and names the first few, or says `fine` when there is nothing."""
     found = list(found)
     if not found:
         return check, "ok", 0, fine
     more = f" and {len(found) - EXAMPLES:,} more" if len(found) > EXAMPLES else ""
-    return (
-        check,
-        severity,
-        len(found),
-        "; ".join(found[:EXAMPLES]) + more + (f". {advice}." if advice else ""),
-    )
+    return check, severity, len(found), "; ".join(found[:EXAMPLES]) + more + (f". {advice}." if advice else "")
 
 
 if __name__ == "__main__":
