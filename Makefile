@@ -35,7 +35,7 @@ report: $(READY)  ## the comparison, pictures and report of what is finished (ma
 	@$(RUN) fmfa.workflow report $(ASKED) --gpus "$$GPUS"
 
 plan: $(READY)  ## what make study would run, and for how long
-	@$(RUN) fmfa.study.plan $(ASKED)
+	@$(RUN) fmfa.workflow plan $(ASKED)
 
 test: $(READY)  ## every test, the linter and the notebooks
 	@"$$BIN/python" -m ruff check

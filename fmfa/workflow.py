@@ -1,55 +1,80 @@
-"""Run the study: `python -m fmfa.workflow study scale=quick`, as `make study` does, or make the `report` alone.
+"""Run the study, report what is finished, or say what is left to do: `python -m fmfa.workflow study scale=quick`.
 
 Snakemake runs the steps (`Snakefile`); what it and the notebooks print goes to `runs/SCALE/study.log`. Here one line is
 printed for everything that a step does, read from the records that the steps leave.
 """
 
 import argparse
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+import pandas as pd
 import psutil
 
 from fmfa.errors import ConfigError, FmfaError
-from fmfa.files import held_folder, said_plainly, write_json
+from fmfa.files import PROJECT, held_folder, said_plainly, write_json
+from fmfa.notebook import Parameter, notebook_parameters, resolve_parameters
 from fmfa.processes import end_with
-from fmfa.study.definition import Study, parse_arguments, read_study, spoken, step_record
+from fmfa.records import read_metrics
+from fmfa.report import write_report
+from fmfa.simpedes.generate import SCALES
+from fmfa.study.definition import Run, Study, parse_arguments, read_study, spoken, step_record
+from fmfa.study.levels import seeds_table
+from fmfa.training.config import TrainConfig
 
 ASKED = "asked.json"  # the words of the command line
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 PATIENCE = 30  # seconds that interrupted steps get to write their records
-_LAST = ("/comparison", "/pictures")
+_LAST = ("comparison", "pictures")
 _SILENCE = 60, 300  # seconds without a line until one says what is running: of a short study and of a long one
 
 
 class Watch:
-    """The steps of a study while it runs: a line for every change, with the time that is left."""
+    """The steps of a study: how long they take and, while they run, a line for every change.
 
-    def __init__(self, folder: str, expected: Mapping[str, float], count: Mapping[str, int], slots: int) -> None:
+    A step is the path of an executed notebook without its ending, such as `runs/quick/irra-0/train`. Its kind is the
+    method of a training, or the notebook's name. It takes what steps of its kind took in this study or, before one is
+    finished, what study.yml says; a training that many times its epochs.
+    """
+
+    def __init__(self, study: Study, slots: int) -> None:
         """Note what is finished.
 
         Args:
-            folder: of the study, left out of the names of its steps.
-            expected: seconds of every step, NaN where nothing tells; see `fmfa.study.plan.step_seconds`.
-            count: epochs of every training, by its step.
+            study: the runs.
             slots: steps that run side by side.
+
+        Raises:
+            ConfigError: a row's parameters are not those of a training.
         """
-        self.folder, self.expected, self.count, self.slots = folder, dict(expected), count, slots
-        self.records = {step: step_record(step) for step in expected}
-        self.epochs = {step: _epochs(step) for step in count}
-        self.ahead = {s for s, r in self.records.items() if s.endswith(_LAST) or r.get("status") != "finished"}
+        trainings = {f"{run.folder}/train": run for run in study.runs}
+        evaluations = {f"{run.folder}/evaluate": run for run in (*study.runs, *study.cross)}
+        self.folder, self.slots = study.folder, slots
+        self.kinds = {step: run.parameters["method"] for step, run in trainings.items()}
+        self.kinds |= dict.fromkeys(study.data, "data") | dict.fromkeys(evaluations, "evaluate")
+        self.kinds |= {f"{folder}/{name}": name for folder in study.results for name in _LAST}
+        self.count = {step: training_epochs(run) for step, run in trainings.items()}
+        self.guesses = {step: study.seconds[kind] for step, kind in self.kinds.items()}
+        self.guesses |= {step: self.guesses[step] * _size(run.data, 0) for step, run in trainings.items()}
+        self.guesses |= {step: self.guesses[step] * _size(run.tested, 2) for step, run in evaluations.items()}
+        if study.settings["gpu"]:
+            self.guesses |= dict.fromkeys(trainings, float("nan"))
+        self.records = {step: step_record(step) for step in self.kinds}
+        self.epochs = {step: _epochs(step) for step in self.count}
+        self.ahead = {step for step, record in self.records.items() if record.get("status") != "finished"}
         self.running: dict[str, float] = {}  # when the steps of this session, or their present epochs, began
         self.failed: list[str] = []
-        self.took, self.should_take = 120.0, 120.0  # seconds of finished steps; the first minutes temper their ratio
         self.begun = self.spoken = time.monotonic()
 
     def look(self) -> None:
@@ -69,37 +94,44 @@ class Watch:
 
     def only_the_report_is_left(self) -> None:
         """Wait for nothing else any more: a training that is not finished has failed."""
-        self.ahead = {step for step in self.ahead if step.endswith(_LAST)}
+        self.ahead = {step for step, kind in self.kinds.items() if kind in _LAST}
         self.running.clear()
+
+    def seconds(self, step: str) -> float:
+        """What a step takes from its beginning to its end; NaN where nothing tells."""
+        return self._unit(step) * self.count.get(step, 1)
 
     def left(self) -> float:
         """Seconds until the last step is done; NaN while nothing tells how long a training takes."""
-        left = {step: self._left(step) for step in self.ahead}
-        known = [seconds for seconds in left.values() if seconds == seconds]
-        if not known or any(left[step] != left[step] for step in self.ahead & self.count.keys()):
-            return float("nan")
-        return max(sum(known) / min(self.slots, len(known)), *known)
+        left = [self._left(step) for step in self.ahead]
+        return max(sum(left) / min(self.slots, len(left)), *left) if left else float("nan")
+
+    def _unit(self, step: str) -> float:
+        """Seconds of a step, or of an epoch of a training."""
+        if step in self.count:
+            took = {other: mean(e["train/seconds"] for e in epochs) for other, epochs in self.epochs.items() if epochs}
+        else:
+            finished = {other: record for other, record in self.records.items() if record.get("status") == "finished"}
+            took = {other: _seconds(record) for other, record in finished.items()}
+        same = [seconds for other, seconds in took.items() if self.kinds[other] == self.kinds[step]]
+        return median(same) if same else self.guesses[step]
 
     def _left(self, step: str) -> float:
         since = time.monotonic() - self.running[step] if step in self.running else 0.0
-        if done := self.epochs.get(step):
-            return max((self.count[step] - len(done)) * _mean_seconds(done) - since, 0.0)
-        whole = self.expected[step] * self.took / self.should_take
-        return max(whole - since, whole / 10)
+        unit = self._unit(step)
+        epochs = self.count.get(step, 1) - len(self.epochs.get(step, ()))
+        return max(unit * epochs - since, unit * epochs / 10)
 
     def _look_at_epochs(self, step: str) -> None:
-        before, found = len(self.epochs[step]), _epochs(step)
-        self.epochs[step] = found
-        if len(found) <= before:
+        before, epochs = len(self.epochs[step]), _epochs(step)
+        self.epochs[step] = epochs
+        if len(epochs) <= before:
             return
         self.running[step] = time.monotonic()
-        for other, count in self.count.items():
-            if self.expected[other] != self.expected[other]:
-                self.expected[other] = count * _mean_seconds(found)
-        told = f"epoch {len(found)} of {self.count[step]}, loss {found[-1].get('train/loss/total', float('nan')):.3f}"
-        if "val/R@1" in found[-1]:
-            told += f", R@1 on validation {100 * found[-1]['val/R@1']:.1f} %"
-        if len(found) < self.count[step]:
+        told = f"epoch {len(epochs)} of {self.count[step]}, loss {epochs[-1].get('train/loss/total', float('nan')):.3f}"
+        if "val/R@1" in epochs[-1]:
+            told += f", R@1 on validation {100 * epochs[-1]['val/R@1']:.1f} %"
+        if len(epochs) < self.count[step]:
             told += f", {spoken(self._left(step))} left"
         self._say(step, told)
 
@@ -107,11 +139,7 @@ class Watch:
         del self.running[step]
         self.ahead.discard(step)
         if record["status"] == "finished":
-            begun, end = (datetime.fromisoformat(record[name]) for name in ("started", "finished"))
-            seconds = (end - begun).total_seconds()
-            if self.expected[step] == self.expected[step]:
-                self.took, self.should_take = self.took + seconds, self.should_take + self.expected[step]
-            self._say(step, f"finished in {spoken(seconds)}")
+            self._say(step, f"finished in {spoken(_seconds(record))}")
             return
         self.failed.append(step)
         self.ahead.discard(f"{Path(step).parent}/evaluate")
@@ -129,10 +157,39 @@ class Watch:
         self.spoken = time.monotonic()
 
 
+def training_epochs(run: Run) -> int:
+    """How many epochs a run trains; ConfigError names the row whose parameters are not those of a training."""
+    try:
+        values = resolve_parameters(_declared(), run.parameters)
+        del values["run"]
+        return TrainConfig(**values).resolved().epochs
+    except FmfaError as error:
+        raise ConfigError(f"row {run.row} of study.yml: {error}") from error
+
+
+def print_plan(study: Study) -> None:
+    """Print the rows with what is left to train, the jobs that are left by kind, and about how long they take."""
+    cores = psutil.cpu_count() or 1
+    watch = Watch(study, cores)
+    runs = pd.DataFrame({"row": [run.row for run in study.runs], "step": [f"{run.folder}/train" for run in study.runs]})
+    runs = runs.assign(left=runs["step"].isin(watch.ahead), minutes=runs["step"].map(watch.seconds) / 60)
+    rows = runs.groupby("row", sort=False)
+    rows = rows.agg(runs=("row", "size"), left=("left", "sum"), **{"minutes per run": ("minutes", "first")})
+    print(rows.round(1).rename_axis(None).to_string())
+    kinds = Counter(watch.kinds[step] for step in watch.ahead)
+    print(f"{len(runs)} runs, {rows['left'].sum()} to train; jobs left:", end=" ")
+    print(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none")
+    seconds = [watch.seconds(step) for step in watch.ahead]
+    known = sum(value for value in seconds if value == value)
+    print(f"{spoken(known)} on one core, about {spoken(known / max(1, min(cores, len(seconds))))} on {cores}")
+    if unknown := sum(value != value for value in seconds):
+        print(f"Without {unknown} trainings of methods that have not trained an epoch here yet.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 done, 1 a step failed, 2 bad arguments, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m fmfa.workflow", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("study", "report"), help="all of it, or the report of what is finished")
+    parser.add_argument("what", choices=("study", "report", "plan"), help="plan: say what is left and run nothing")
     parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="scale=..., chosen=..., seeds=..., and so on")
     parser.add_argument("--gpus", type=int, default=1, help="trainings side by side at a scale that takes GPUs")
     options = parser.parse_args(arguments)
@@ -141,13 +198,12 @@ def main(arguments: list[str] | None = None) -> int:
         end_with(os.getppid())
     try:
         study = read_study(parse_arguments(options.words))
+        if options.what == "plan":
+            print_plan(study)
+            return 0
         with said_plainly(f"{study.folder} cannot be made"):
             Path(study.folder).mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(held_folder(study.folder))
-            except ConfigError as error:
-                raise ConfigError(f"another make study or make report is running: {error}") from None
+        with held_folder(study.folder):
             return _run(options, study)
     except FmfaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,17 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, study: Study) -> int:
-    # These take seconds to import, and a mistake is told at once.
-    from fmfa.report import write_report
-    from fmfa.study.levels import seeds_table
-    from fmfa.study.plan import compute_device, step_seconds, training_config
-
     if options.what == "report":
         study.only_finished()
     gpu, log = study.settings["gpu"], Path(study.folder) / "study.log"
-    epochs = {f"{run.folder}/train": training_config(run).epochs for run in study.runs}
-    slots = max(1, options.gpus // gpu) if gpu else psutil.cpu_count()
-    watch = Watch(study.folder, step_seconds(study, study.seconds, compute_device()), epochs, slots)
+    watch = Watch(study, max(1, options.gpus // gpu) if gpu else psutil.cpu_count() or 1)
     log.unlink(missing_ok=True)
     # On Snakemake's command line a value would be read as a number, YAML or a quoted text.
     write_json(log.with_name(ASKED), dict(word.split("=", 1) for word in options.words if not word.endswith("=")))
@@ -220,8 +269,6 @@ def _snakemake(options: argparse.Namespace, log: Path, watch: Watch, *arguments:
 
 def _epochs(step: str) -> list[dict[str, float]]:
     """The metrics of a training's complete epochs, by "SPLIT/NAME"; one that is still to be validated is left out."""
-    from fmfa.records import read_metrics
-
     try:
         table = read_metrics(Path(step).parent)
     except ValueError:  # damaged; the training says so when it starts
@@ -234,8 +281,20 @@ def _epochs(step: str) -> list[dict[str, float]]:
     return done[:-1] if awaited else done
 
 
-def _mean_seconds(epochs: list[dict[str, float]]) -> float:
-    return mean(values["train/seconds"] for values in epochs)
+def _seconds(record: Mapping[str, Any]) -> float:
+    begun, end = (datetime.fromisoformat(record[name]) for name in ("started", "finished"))
+    return (end - begun).total_seconds()
+
+
+def _size(data: Mapping[str, Any], column: int) -> float:
+    """Identities to train on (column 0) or to test on (2), relative to the scale `small` of SimPEDES."""
+    small = SCALES["small"]
+    return SCALES.get(data.get("scale", "small"), small)[column] / small[column]
+
+
+@functools.cache
+def _declared() -> dict[str, Parameter]:
+    return notebook_parameters(PROJECT / "notebooks" / "03_train.ipynb")
 
 
 if __name__ == "__main__":

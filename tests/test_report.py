@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fmfa.errors import ConfigError
-from fmfa.report import ANSWER, TAKEN, main, read_section, write_report
+from fmfa.report import ANSWER, TAKEN, main, read_part, write_report
 
 ROOT = Path(__file__).parents[1]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -91,22 +91,21 @@ def results(tmp_path):
 
 
 def test_tagged_cells_are_taken_without_code_and_answers_stand_in_front(results):
-    section = read_section(results / "comparison.ipynb")
-    assert section.question == "Which system is better?"
-    assert "Taken" in section.body
-    assert "Left out" not in section.body
-    assert section.body.count("data:image/png;base64,") == 1
-    assert "plot_it" not in section.body
-    assert "a warning" not in section.body
-    assert "42 points" in section.answer
-    assert "42 points" not in section.body
-    assert section.command.endswith("-p results '/a b' -p seed 3")
+    first, answer, *body, last = read_part(results / "comparison.ipynb")
+    assert first.metadata.question == "Which system is better?"
+    assert answer.outputs[0].text == "42 points"
+    assert [cell.source for cell in body if cell.cell_type == "markdown"] == ["## Taken <here>"]
+    assert [output.output_type for output in body[0].outputs] == ["display_data"]  # no warning
+    assert last.metadata.command.endswith("-p results '/a b' -p seed 3")
+    text = write_report(results).read_text()
+    assert text.count("plot_it") == 0
+    assert text.count("data:image/png;base64,") == 2
 
 
 def test_a_notebook_without_tags_is_taken_whole(results):
-    section = read_section(results / "irra-0" / "evaluate.ipynb")
-    assert "printed" in section.body
-    assert "Why." in section.body
+    _, words, code, _ = read_part(results / "irra-0" / "evaluate.ipynb")
+    assert words.source.strip() == "Why."
+    assert code.outputs[-1].text == "printed"
 
 
 def test_the_page_stands_alone_and_lists_every_run(results):
@@ -158,7 +157,7 @@ def test_sections_that_show_nothing_vanish(tmp_path):
     printed = new_output("stream", name="stdout", text="No run has this.")
     cells = [cell for number in range(7) for cell in section(number, *filter(None, [shown.get(number), printed]))]
     executed(tmp_path / "comparison.ipynb", "4. Which?", [*cells, new_markdown_cell("## Text alone")])
-    body = read_section(tmp_path / "comparison.ipynb").body
+    body = write_report(tmp_path).read_text()
     assert re.findall(r"Section (\d)", body) == ["1", "3", "5"]
     assert re.findall(r"Why (\d)", body) == ["1", "3", "5"]
     assert body.count("What the last one showed") == 4  # of the introduction, and of those three

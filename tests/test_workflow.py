@@ -28,9 +28,8 @@ from fmfa.errors import ConfigError
 from fmfa.models.objectives import objectives
 from fmfa.notebook import notebook_parameters, resolve_parameters
 from fmfa.study.definition import expand_rows, parse_arguments, read_study, select_rows
-from fmfa.study.plan import estimate, main, training_config
 from fmfa.training.config import TrainConfig
-from fmfa.workflow import Watch
+from fmfa.workflow import Watch, main
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -190,7 +189,7 @@ def test_an_unknown_scale_is_refused():
         ({"rows": {"a/b": {"method": "clip"}}}, "study.yml, rows.a/b: only letters"),
         ({"rows": {"x": {"method": "clip", "mask_rate": [1]}}}, "study.yml, rows.x: mask_rate must be text, a number"),
         ({"rows": {"x": {"method": "clip", "root": "/"}}}, "study.yml, rows.x: root cannot be set here"),
-        ({"seconds": {**DEFINITION["seconds"], "irr": "slow"}}, "study.yml, seconds.irr: .*'slow'"),
+        ({"seconds": {**DEFINITION["seconds"], "irra": "slow"}}, "study.yml, seconds.irra: .*'slow'"),
     ],
 )
 def test_what_is_not_of_its_form_is_one_sentence_that_names_the_place(words, told):
@@ -244,48 +243,57 @@ def test_a_damaged_definition_is_a_config_error_or_none(content):
         path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
         for scale in ("quick", "standard"):
             with contextlib.suppress(ConfigError):
-                damaged = read_study(parse_arguments([f"scale={scale}"], path))
-                estimate(damaged, damaged.seconds, "cpu")
+                Watch(read_study(parse_arguments([f"scale={scale}"], path)), 2)
 
 
-# The estimate
+# What is left
 
 
-def test_the_estimate_adds_up_what_is_left(tmp_path, monkeypatch):
+def note(step, state, start=0, end=0, error=None):
+    """The runner's record of a step, with its times in seconds of a day."""
+    path = Path(f"{step}.status.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = {
+        name: f"2026-01-01T{at // 3600:02}:{at // 60 % 60:02}:{at % 60:02}+00:00"
+        for name, at in (("started", start), ("finished", end))
+    }
+    path.write_text(json.dumps({"status": state, "error": error, **times}))
+
+
+def test_what_is_left_takes_what_the_same_took_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    costs = {"two-stream": 10.0, "irr": 20.0, "efa": 40.0, "ivt": 30.0, "mla": 90.0, "evaluate": 8.0, "notebook": 3.0}
-    small = study(scale="quick", chosen="clip irra fmfa asdm ivt", seeds=2)
-    table = estimate(small, costs, "cpu").set_index("row")
-    epochs = DEFINITION["scales"]["quick"]["train"]["epochs"]
-    seconds = {"clip": 10, "irra": 30, "fmfa": 70, "asdm": 30, "ivt": 90}
-    for row, epoch in seconds.items():
-        assert table.loc[row, "seconds a run"] == pytest.approx(3 + epochs * epoch + 3 + 8)
-        assert table.loc[row, "seconds"] == pytest.approx(2 * (3 + epochs * epoch + 3 + 8))
-    finished = tmp_path / "runs/quick/irra-0"
-    finished.mkdir(parents=True)
-    times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:10:00+00:00"}
-    config = TrainConfig(method="irra", epochs=epochs).resolved().to_dict()
-    record = {"status": "finished", "config": config, "steps": 438, "device": "cpu: x", "resumed": [], **times}
-    (finished / "run.json").write_text(json.dumps(record))
-    (finished / "train.status.json").write_text('{"status": "finished"}')
-    table = estimate(small, costs, "cpu").set_index("row")
-    training = 3 + 600 / (438 * 64) * 5600 * epochs
-    assert table.loc["irra", ["runs", "left", "from"]].tolist() == [2, 1, "finished runs"]
-    assert table.loc["irra", "seconds"] == pytest.approx(training + 2 * (3 + 8))
-    assert table.loc["asdm", "seconds"] == pytest.approx(2 * (training + 3 + 8))  # the same parts
-    assert table.loc["fmfa", "from"] == "study.yml"
-    assert estimate(small, costs, "cuda")["seconds"].isna().all()
+    quick = study(scale="quick", chosen="clip irra asdm", seeds=2)
+    costs, epochs = DEFINITION["seconds"], DEFINITION["scales"]["quick"]["train"]["epochs"]
+    watch = Watch(quick, 1)
+    for row, method in (("clip", "clip"), ("irra", "irra"), ("asdm", "fmfa")):
+        assert watch.seconds(f"runs/quick/{row}-1/train") == epochs * costs[method]
+    others = 6 * costs["evaluate"] + costs["data"] + costs["comparison"] + costs["pictures"]
+    assert watch.left() == 2 * epochs * (costs["clip"] + costs["irra"] + costs["fmfa"]) + others
+    note("runs/quick/irra-0/train", "finished", end=1000)
+    note("runs/quick/irra-0/evaluate", "finished", start=1000, end=1007)
+    rows = "".join(f"r,train,{epoch},9,seconds,{epoch}00\n" for epoch in range(1, epochs + 1))
+    Path("runs/quick/irra-0/metrics.csv").write_text(f"run,split,epoch,step,metric,value\n{rows}")
+    watch = Watch(quick, 2)
+    assert watch.seconds("runs/quick/irra-1/train") == 100 * sum(range(1, epochs + 1))
+    assert watch.seconds("runs/quick/clip-1/train") == epochs * costs["clip"]
+    assert watch.seconds("runs/quick/clip-1/evaluate") == 7
+    assert not {"runs/quick/irra-0/train", "runs/quick/irra-0/evaluate"} & watch.ahead
+    large = study(scale="full", chosen="irra", seeds=1)
+    assert Watch(large, 1).seconds("runs/full/irra-0/train") == pytest.approx(4 * costs["irra"] * 2500 / 700)
 
 
-def test_the_plan_is_told_in_minutes_or_hours(tmp_path, monkeypatch, capsys):
+def test_the_plan_counts_jobs_and_is_told_in_minutes_or_hours(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "study.yml", tmp_path)
     monkeypatch.chdir(tmp_path)
     for words, told in (
-        (["scale=quick"], r"4 runs, 4 to train; \d+ minutes on"),
-        (["scale=standard"], r"\d\.\d hours on"),
+        (["scale=quick"], r"4 runs, 4 to train; jobs left: .*4 evaluate.*\n\d+ minutes on"),
+        (["scale=standard"], r"70 runs, 70 to train; .*\n\d+\.\d hours on"),
     ):
-        assert main(words) == 0
+        assert main(["plan", *words]) == 0
         assert re.search(told, capsys.readouterr().out)
+    assert not (tmp_path / "runs").exists()
+    assert main(["plan", "scale=paper", f"folders=RSTPReid={tmp_path}", "datasets=RSTPReid"]) == 0
+    assert "Without 42 trainings" in capsys.readouterr().out
 
 
 # The workflow
@@ -505,9 +513,7 @@ def test_a_second_study_waits_for_the_first_and_an_ended_one_leaves_no_process(p
                 second = make(project, what)
                 text = second.communicate(timeout=120)[0]
                 assert second.returncode != 0
-                assert re.search(
-                    r"^error: another make study or make report is running: .* in use by process \d+", text
-                ), text
+                assert re.search(r"^error: runs/tiny is in use by process \d+", text), text
             assert first.poll() is None
             assert status(irra, "train") == "running"
         end(first)
@@ -569,29 +575,19 @@ def test_the_time_that_is_left_is_told_after_every_epoch_and_now_and_then(tmp_pa
     monkeypatch.chdir(tmp_path)
     now = [0.0]
     monkeypatch.setattr("fmfa.workflow.time.monotonic", lambda: now[0])
-    expected = {"clip-0/train": 600.0, "irra-0/train": 600.0, "clip-0/evaluate": 60.0, "comparison": 60.0}
-    expected = {f"runs/standard/{name}": seconds for name, seconds in expected.items()}
-    watch = Watch("runs/standard", expected, {step: 5 for step in expected if "train" in step}, slots=2)
-    assert watch.left() == pytest.approx(1320 / 2)
-
-    def note(step, state, start=0, end=0, error=None):
-        path = Path(f"runs/standard/{step}.status.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        times = {
-            name: f"2026-01-01T{at // 3600:02}:{at // 60 % 60:02}:{at % 60:02}+00:00"
-            for name, at in (("started", start), ("finished", end))
-        }
-        path.write_text(json.dumps({"status": state, "error": error, **times}))
+    watch = Watch(study(scale="standard", chosen="clip", seeds=2, datasets="SimPEDES-street"), slots=2)
+    folder = "runs/standard"
 
     def lines():
         watch.look()
         return [line[7:] for line in capsys.readouterr().out.splitlines()]
 
     assert lines() == []
-    note("clip-0/train", "running")
-    assert lines() == ["clip-0/train: started; about 11 minutes to go"]
+    note(f"{folder}/clip-0/train", "running")
+    (line,) = lines()
+    assert re.fullmatch(r"clip-0/train: started; about \d+ minutes to go", line)
     seen = []
-    log = Path("runs/standard/clip-0/metrics.csv")
+    log = Path(f"{folder}/clip-0/metrics.csv")
     log.write_text("run,split,epoch,step,metric,value\nr,val,0,0,R@1,0.1\n")
     for epoch in range(1, 6):
         for _ in range(40):
@@ -610,16 +606,18 @@ def test_the_time_that_is_left_is_told_after_every_epoch_and_now_and_then(tmp_pa
     assert len(epochs) == 5
     assert all(line.startswith("running: clip-0/train (") for line in seen if line not in epochs)
     assert 15 < len(seen) - 5 <= 2000 / 60
-    note("clip-0/train", "finished", end=2000)
+    note(f"{folder}/clip-0/train", "finished", end=2000)
     assert lines()[0].startswith("clip-0/train: finished in 33 minutes")
+    assert watch.left() == 5 * 400  # the other training, alone in the end
     error = {"type": "TrainingError", "message": "the loss is\nnot finite"}
-    note("irra-0/train", "failed", start=2000, end=2010, error=error)
+    note(f"{folder}/clip-1/train", "failed", start=2000, end=2010, error=error)
     assert lines()[1].startswith(
-        "irra-0/train: FAILED, TrainingError: the loss is not finite (see runs/standard/irra-0/train.html)"
+        "clip-1/train: FAILED, TrainingError: the loss is not finite (see runs/standard/clip-1/train.html)"
     )
-    assert watch.failed == ["runs/standard/irra-0/train"]
-    pace = (120 + 2000) / (120 + 600)
-    assert watch.left() == pytest.approx(60 * pace)  # evaluation and comparison side by side
+    assert watch.failed == [f"{folder}/clip-1/train"]
+    ahead = {step for step in watch.kinds if not step.endswith("train")} - {f"{folder}/clip-1/evaluate"}
+    assert watch.ahead == ahead
+    assert watch.left() == sum(map(watch.seconds, ahead)) / 2
 
 
 def test_on_real_data_the_first_epoch_tells_how_long_it_will_take(tmp_path, monkeypatch):
@@ -627,10 +625,9 @@ def test_on_real_data_the_first_epoch_tells_how_long_it_will_take(tmp_path, monk
     paper = study(
         **{"scale": "paper", "datasets": "RSTPReid", "root_RSTPReid": str(tmp_path), "chosen": "clip", "seeds": 2}
     )
+    watch = Watch(paper, slots=1)
     steps = [f"runs/paper/RSTPReid/clip-{seed}/train" for seed in (0, 1)]
-    epochs = {f"{run.folder}/train": training_config(run).epochs for run in paper.runs}
-    assert epochs == dict.fromkeys(steps, 60)  # the papers' epochs
-    watch = Watch("runs/paper", dict.fromkeys(steps, math.nan), epochs, slots=1)
+    assert watch.count == dict.fromkeys(steps, 60)  # the papers' epochs
     assert math.isnan(watch.left())
     folder = Path(steps[0]).parent
     folder.mkdir(parents=True)
@@ -639,4 +636,5 @@ def test_on_real_data_the_first_epoch_tells_how_long_it_will_take(tmp_path, monk
         "run,split,epoch,step,metric,value\nr,train,1,9,seconds,100\nr,val,1,9,R@1,0.3\n"
     )
     watch.look()
-    assert watch.left() == pytest.approx(59 * 100 + 60 * 100, abs=1)
+    others = sum(watch.seconds(step) for step in watch.ahead if step not in steps)
+    assert watch.left() == pytest.approx(59 * 100 + 60 * 100 + others, abs=1)

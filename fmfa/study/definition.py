@@ -1,7 +1,6 @@
 """The study's definition (`study.yml`) as runs: which rows at a scale, which seeds, on which data, in which folder.
 
-The workflow (`Snakefile`), the estimate (`fmfa.study.plan`) and `make study` (`fmfa.workflow`) read the definition
-through `read_study`, which checks it.
+The workflow (`Snakefile`) and `make study` (`fmfa.workflow`) read the definition through `read_study`, which checks it.
 """
 
 import itertools
@@ -66,7 +65,7 @@ class Study:
     settings: dict[str, Any]  # of the scale
     runs: tuple[Run, ...]
     cross: tuple[Run, ...]  # finished runs evaluated on another data set
-    seconds: dict[str, float]  # what the parts of a study take, see study.yml
+    seconds: dict[str, float]  # what a step of each kind is expected to take, see study.yml
 
     @property
     def folder(self) -> str:
@@ -340,9 +339,9 @@ _Name = Annotated[str, Field(pattern=_NAME, max_length=100)]
 _Words = Annotated[list[_Name], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
 _Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
 _Count = Annotated[int, Field(ge=1, le=1000)]
-_PARTS = ("two-stream", "irr", "efa", "ivt", "mla", "evaluate", "notebook", "data", "comparison", "pictures")
+_KINDS = ("clip", "irra", "fmfa", "ivt", "evaluate", "data", "comparison", "pictures")
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Costs = create_model("_Costs", **dict.fromkeys(_PARTS, _Seconds))
+_Costs = create_model("_Costs", **dict.fromkeys(_KINDS, _Seconds))
 
 
 class _Row(BaseModel, extra="allow"):
