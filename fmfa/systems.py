@@ -17,7 +17,7 @@ from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, tb
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.evaluation.evaluate import Evaluation, evaluate
-from fmfa.files import PROJECT, said_plainly
+from fmfa.files import PROJECT
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
@@ -39,7 +39,7 @@ from fmfa.training.config import TrainConfig
 from fmfa.training.fit import CONFIG, launched_rank, run_config, train
 
 NO_WEIGHTS = "none"
-VOCABULARY = "vocab.txt"
+START, VOCABULARY = "weights.txt", "vocab.txt"
 TINY_BACKBONE, TINY_WEIGHTS = DATA / "tiny_clip_config.json", DATA / "tiny_clip.safetensors"
 FULL_BACKBONE, FULL_WEIGHTS = "ViT-B-16-quickgelu", "openai"
 ONLY_IVT = ("text_weights", "vocabulary", "mask_image", "mask_text")
@@ -88,6 +88,7 @@ def build_system(config: TrainConfig, dataset: Dataset | None = None) -> System:
     model = build_ivt_model(config) if ivt else build_clip_model(config, dataset)
     report = None
     if config.weights != NO_WEIGHTS:
+        _refuse_damaged(config.weights)
         report = load_ivt_start(config, model) if ivt else load_clip_start(config, model)
     return _system(model, config.vocabulary, report)
 
@@ -128,8 +129,7 @@ def load_system(
     path = Path(source)
     if path.is_dir():
         path = selected_checkpoint(path) / WEIGHTS
-    if (path.parent / STATE).is_file():
-        checked(path.parent, path.name)
+    _refuse_damaged(path)
     run = _run_of(path)
     kept = run / VOCABULARY if run else None
     loaded, _ = load_retriever(path)
@@ -184,15 +184,19 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
     start = str(system.report or "random starting weights")
     if launched_rank() == 0:
         print(start)
+    texts = {START: f"{start}\n"}
     if config.method == "ivt":
-        _keep_vocabulary(system.tokenizer, folder)
+        texts[VOCABULARY] = system.tokenizer.vocabulary_file()
+        kept = folder / VOCABULARY
+        if kept.is_file() and wordpiece_tokenizer(kept).vocabulary != system.tokenizer.vocabulary:
+            raise TrainingError(f"{kept} is the vocabulary of another run; give a new folder, or that run's vocabulary")
 
     def validate(model: nn.Module) -> dict[str, float]:
         rows = dataset.split("val")
         found = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
         return found.metrics["text to image"].summary
 
-    return train(config, system.model, dataset, system.tokenizer, folder, validate=validate, start=start)
+    return train(config, system.model, dataset, system.tokenizer, folder, validate=validate, texts=texts)
 
 
 def open_training_data(config: TrainConfig) -> Dataset:
@@ -274,14 +278,11 @@ def _foreign(source: str, parameters: dict[str, str | int]) -> TrainConfig:
     return TrainConfig.from_dict({"method": "clip", "backbone": backbone, "weights": tag} | parameters)
 
 
-def _keep_vocabulary(tokenizer: WordPieceTokenizer, folder: Path) -> None:
-    path = folder / VOCABULARY
-    if not path.is_file():
-        with said_plainly(f"the run folder {folder} cannot be made or written to"):
-            folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(path)
-    elif wordpiece_tokenizer(path).vocabulary != tokenizer.vocabulary:
-        raise TrainingError(f"{path} is the vocabulary of another run; give a new folder, or that run's vocabulary")
+def _refuse_damaged(source: str | Path) -> None:
+    """Look at the checksum of a file of a run's checkpoint; CheckpointError where it is another."""
+    path = Path(source).absolute()
+    if path.is_file() and (path.parent / STATE).is_file():
+        checked(path.parent, path.name)
 
 
 def _run_of(path: Path) -> Path | None:

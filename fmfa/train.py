@@ -63,6 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     except FmfaError as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except RuntimeError as error:
+        if " by peer" not in str(error):  # as gloo tells that another process has ended
+            raise
+        print(f"process {rank}: ended, because another process did, whose message says why", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         if rank == 0:
             print(stop or "interrupted before the first step", file=sys.stderr)

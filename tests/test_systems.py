@@ -228,7 +228,10 @@ def test_a_damaged_run_is_not_opened(root, backbone, tmp_path):
                 CheckpointError, match=r"model.safetensors is damaged: its SHA-256 begins with \w+, exp"
             ):
                 load_system(source)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            build_system(ivt(root, backbone, weights=str(path)))
     path.write_bytes(good)
+    build_system(ivt(root, backbone, weights=str(path)))
     load_system(tmp_path)
     for content in ("null", "[1]", "[" * 100_000, '{"method": 3}'):
         (tmp_path / "config.json").write_text(content)

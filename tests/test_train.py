@@ -16,6 +16,7 @@ from toy_training import toy_config
 
 import fmfa.train
 from fmfa.errors import ConfigError, TrainingError
+from fmfa.files import held_folder
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.systems import TINY_WEIGHTS, build_system, open_training_data
@@ -215,6 +216,19 @@ def test_a_run_folder_that_cannot_be_made_is_a_bad_parameter(unlaunched, tiny, t
     for method in ("clip", "ivt"):
         assert fmfa.train.main([str(tmp_path / "file" / "run"), "-p", "method", method, *given]) == 2
         assert capsys.readouterr().err.startswith(f"error: the run folder {tmp_path / 'file' / 'run'} cannot be made")
+
+
+def test_a_refused_launch_has_no_traceback_of_ours_and_the_run_stays_as_it_is(tiny, tmp_path):
+    words = ("-p", "root", str(tiny.images.parent), "-p", "device", "cpu", "-p", "method", "ivt")
+    with held_folder(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        process = launch(*TORCHRUN, "-m", "fmfa.train", str(tmp_path), *words)
+        _, errors = process.communicate(timeout=TIME)
+        assert sorted(tmp_path.iterdir()) == before
+    assert process.returncode != 0
+    assert f"error: {tmp_path} is in use by process {os.getpid()}" in errors
+    assert "fmfa/train.py" not in errors
+    assert "gloo" not in errors
 
 
 def test_errors_of_a_training_say_which_process_had_them(unlaunched, tmp_path, capsys):

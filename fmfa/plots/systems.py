@@ -14,6 +14,7 @@ from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
 from fmfa.data.images import load_image, resolve_image
+from fmfa.errors import AnnotationError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
 from fmfa.plots.retrieval import HIT, MISS
 from fmfa.simpedes.ceiling import told_truly
@@ -74,7 +75,12 @@ def _contradictions(root: Path, split: str, image: str, caption: str) -> dict[in
     if not is_simpedes(root):
         return {}
     records = list(read_truth(root, split))
-    written = next(c for r in records if r["file_path"] == image for c in r["captions"] if c["text"] == caption)
+    known = (c for r in records if r["file_path"] == image for c in r["captions"] if c["text"] == caption)
+    if (written := next(known, None)) is None:
+        raise AnnotationError(
+            f"{root}: the truth files lack the caption {caption!r} of {image}; annotations and truth are of different "
+            "data: make the data set again"
+        )
     told = told_truly(written)
     people = {record["id"]: record["attributes"] for record in records}
     return {

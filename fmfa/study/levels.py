@@ -164,7 +164,9 @@ def tuning_table(results: str | Path) -> pd.DataFrame:
     done = [
         {"learning rate": r["config"]["learning_rate"], "method": r["config"]["method"], "R@1": 100 * r["best"]}
         for r in records
-        if r.get("status") == "finished" and r.get("best") is not None
+        if r.get("status") == "finished"
+        and r.get("best") is not None
+        and {"learning_rate", "method"} <= r.get("config", {}).keys()
     ]
     if not done:
         return pd.DataFrame()

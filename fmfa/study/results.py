@@ -121,7 +121,9 @@ def read_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
     if not path.is_file() and not path.with_name(f"{_QUERIES}-{split}.csv").is_file():
         return {}
     record = read_json(path) if path.is_file() else {}
-    if wrong := _not_as_listed(path, record):
+    with said_plainly(f"the evaluation in {folder} cannot be read"):
+        wrong = _not_as_listed(path, record)
+    if wrong:
         raise ConfigError(
             f"the evaluation in {folder} did not finish, or was changed since: {wrong}; run "
             "notebooks/04_evaluate.ipynb on it again"

@@ -59,7 +59,7 @@ def score_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "c
     """
     checkpoints, own = epoch_checkpoints(run), trained_on(run) == dataset.name
     table = pd.DataFrame()
-    if not (checkpoints and own and len(checkpoints) == read_record(run)["config"]["epochs"]):
+    if not (checkpoints and own and len(checkpoints) == read_record(run).get("config", {}).get("epochs")):
         return table
     for epoch, path in checkpoints.items():
         queries = load_system(path / WEIGHTS, device).evaluate(dataset, split).per_query().dropna(subset=["R@1"])
@@ -82,9 +82,9 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
     """
     generator, found = np.random.default_rng(seed), {}
     for folder in run_folders(results):
-        path = find_table(folder, split, "epochs")
-        if path:
-            found.setdefault(row_and_seed(folder.name)[0], []).append(_epochs(path, folder, generator, halves))
+        path, chosen = find_table(folder, split, "epochs"), str(read_record(folder).get("best_epoch"))
+        if path and chosen in (table := pd.read_csv(path)):
+            found.setdefault(row_and_seed(folder.name)[0], []).append(_epochs(table, chosen, generator, halves))
     lines = []
     for row, runs in found.items():
         table = pd.DataFrame(runs)
@@ -93,8 +93,7 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
     return pd.DataFrame(lines)
 
 
-def _epochs(path: Path, folder: Path, generator: np.random.Generator, halves: int) -> dict[str, float]:
-    table, chosen = pd.read_csv(path), str(read_record(folder)["best_epoch"])
+def _epochs(table: pd.DataFrame, chosen: str, generator: np.random.Generator, halves: int) -> dict[str, float]:
     epochs = [name for name in table.columns if name not in ("identity", "queries")]
     test = 100 * table[epochs].sum() / table["queries"].sum()
     people = table.loc[table.index.repeat(table["queries"])]

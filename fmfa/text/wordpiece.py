@@ -10,7 +10,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from fmfa.errors import ConfigError
-from fmfa.files import whole_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 512  # rows of BERT's position table
@@ -67,11 +66,10 @@ class WordPieceTokenizer:
         """Every piece with its id."""
         return self._pieces.get_vocab(with_added_tokens=False)
 
-    def save(self, path: str | Path) -> None:
-        """Write the vocabulary as a `vocab.txt` that `wordpiece_tokenizer` reads, in one move."""
+    def vocabulary_file(self) -> str:
+        """The content of a `vocab.txt` of this vocabulary, which `wordpiece_tokenizer` reads."""
         pieces = self.vocabulary
-        with whole_file(path) as part:
-            part.write_text("\n".join(sorted(pieces, key=pieces.get)) + "\n", encoding="utf-8")
+        return "\n".join(sorted(pieces, key=pieces.get)) + "\n"
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The token strings of a row of ids, special tokens and padding included."""

@@ -23,7 +23,7 @@ from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
 from fmfa.training.loop import Batches, TrainingLoop
 
-CONFIG, START = "config.json", "weights.txt"
+CONFIG = "config.json"
 FREE = ("root", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
 """Settings that may change when a run is resumed: they do not touch the weights it ends with."""
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -43,7 +43,7 @@ def fit(
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     data: str = "",
-    start: str = "",
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Train a model, or go on with the run that `folder` holds.
 
@@ -63,7 +63,7 @@ def fit(
         validate: called with the model in evaluation mode on every rank (the models' encoders
             communicate); the metrics of rank 0 count and must contain R@1. Before training as well.
         data: fingerprint of the data; a resumed run must have the same.
-        start: where the model's weights come from, for `weights.txt`.
+        texts: what else the run folder keeps, by file name.
 
     Returns:
         The run folder.
@@ -86,10 +86,11 @@ def fit(
         notes = {}
         if accelerator.is_main_process:
             held.enter_context(held_folder(folder, TrainingError))
-            with said_plainly(f"{folder / CONFIG} cannot be written", TrainingError):
+            with said_plainly(f"{folder} cannot be written to", TrainingError):
                 write_json(folder / CONFIG, config.to_dict())
-            with said_plainly(f"{folder / START} cannot be written", TrainingError), whole_file(folder / START) as part:
-                part.write_text(f"{start}\n", encoding="utf-8")
+                for name, text in (texts or {}).items():
+                    with whole_file(folder / name) as part:
+                        part.write_text(text, encoding="utf-8")
             about = {"seed": config.seed, "data": data, "device": device_name(accelerator.device)}
             about |= {"config": config.to_dict(), "processes": accelerator.num_processes}
             notes = held.enter_context(run_record(folder, **about))
@@ -118,7 +119,7 @@ def train(
     folder: str | Path,
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-    start: str = "",
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Train a model on the training split of a data set, after a look at the data; see `fit`.
 
@@ -144,7 +145,7 @@ def train(
     def batches(rank: int, processes: int) -> TableBatches:
         return TableBatches(config, dataset, tokenizer, **reads, rank=rank, processes=processes)
 
-    return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset), start=start)
+    return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset), texts=texts)
 
 
 def run_config(folder: str | Path) -> TrainConfig:

@@ -1,5 +1,7 @@
 """Figures of alignment and of systems side by side show what they are given."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import torch
 
 from fmfa.analysis.grounding import draw_phrases, measure_grounding, percent_table, pick_phrases
 from fmfa.analysis.maps import PatchGrid
-from fmfa.errors import ConfigError
+from fmfa.errors import AnnotationError, ConfigError
 from fmfa.evaluation.evaluate import Evaluation, gallery_of
 from fmfa.notebook import VisualiseParameters
 from fmfa.plots import alignment as plots_alignment
@@ -134,6 +136,13 @@ def test_side_by_side_says_what_the_caption_rules_out(tiny):
             assert axis.get_xlabel().replace("\n", " ").startswith(wrong[0].replace("_", " "))
         else:
             assert "fits" in axis.get_xlabel()
+
+
+def test_side_by_side_needs_the_truth_of_its_captions(tiny):
+    evaluation = random_evaluation(tiny, 0)
+    other = replace(evaluation, rows=evaluation.rows.assign(caption="a person"))
+    with pytest.raises(AnnotationError, match="the truth files lack the caption 'a person' of "):
+        plots_systems.plot_side_by_side({"a": other}, tiny.images, "test", 0)
 
 
 def test_similarities_are_counted_once_a_pair(tiny):

@@ -23,7 +23,15 @@ from fmfa.study import levels as tables
 from fmfa.study.claims import claims_in_short, claims_table, read_claims, rows_paired_table, shuffled_table
 from fmfa.study.correlation import correlation_table, counterfactual_runs, grounding_runs
 from fmfa.study.curves import sensitivity_table
-from fmfa.study.levels import cross_domain_table, published_gains, published_table, readable, run_results, seeds_table
+from fmfa.study.levels import (
+    cross_domain_table,
+    published_gains,
+    published_table,
+    readable,
+    run_results,
+    seeds_table,
+    tuning_table,
+)
 from fmfa.study.power import COMPONENTS, components_table, gains_table, power_table
 from fmfa.study.results import (
     METRICS,
@@ -406,6 +414,26 @@ def test_the_best_epoch_on_test_by_hand(tmp_path):
     # Run 0: whoever is shown, an epoch with 100 % there is picked, the first of equals, and has 0 on the other person.
     # Run 1: epoch 2 knows both, so nothing is lost.
     assert line["optimism"] == pytest.approx(100 / 2)
+
+
+@pytest.mark.parametrize("content", ["", "null", "{}", '{"status": "finished", "best": 0.5, "seed": 0}'])
+def test_runs_without_a_readable_record_are_left_out_of_what_needs_it(tmp_path, content):
+    epochs = pd.DataFrame([(0, 3, 3, 0), (1, 1, 0, 1)], columns=["identity", "queries", "1", "2"])
+    for run in ("irra-0", "clip-0"):
+        evaluate(write_run(tmp_path, run, draw(0.5, 0), best_epoch=1), {"epochs-test": epochs})
+    (tmp_path / "clip-0" / "run.json").write_text(content)
+    assert epochs_table(tmp_path, halves=4)["row"].tolist() == ["irra"]
+    assert tuning_table(tmp_path).empty
+    selection_table(tmp_path, halves=4)
+
+
+def test_tables_that_the_disk_does_not_give_are_told(tmp_path):
+    folder = write_run(tmp_path, "irra-0", draw(0.6, 0))
+    (folder / "queries-test.csv").unlink()
+    (folder / "queries-test.csv").symlink_to("/proc/self/mem")
+    assert "cannot be read: Input/output error" in run_results(tmp_path)["status"].iloc[0]
+    with pytest.raises(ConfigError, match="irra-0 cannot be read"):
+        export_results(tmp_path, tmp_path / "x")
 
 
 def test_selecting_on_test_among_equal_and_unequal_runs(results):
