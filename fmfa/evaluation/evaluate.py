@@ -205,12 +205,11 @@ def search_folder(
         ConfigError: an empty sentence.
         ImageError: no such folder, or no picture in it that can be read.
     """
-    if not sentence.strip():
-        raise ConfigError("the sentence to search for is empty; describe a person")
+    query = encode_sentence(model, sentence, tokenizer)
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise ImageError(f"{folder} is not a folder; give the folder of the pictures to search")
-    paths, faults = _pictures_below(folder)
+    paths, faults = pictures_below(folder)
     encoded = encode_images(model, paths, transform, faults=faults, batch_size=batch_size, progress=progress)
     names = np.array([Path(path).relative_to(folder).as_posix() for path in paths if path not in faults])
     left_out = "\n".join(fault.replace(f"{folder}{os.sep}", "", 1) for _, fault in sorted(faults.items()))
@@ -218,19 +217,29 @@ def search_folder(
         raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
     if faults:
         warnings.warn(f"left out of the search, {len(faults):,} in all:\n{left_out}", stacklevel=2)
-    if (needed := tokenizer.length(sentence)) > tokenizer.context_length:
-        warnings.warn(
-            f"the sentence needs {needed} positions and the model reads {tokenizer.context_length}: its end is not "
-            "searched for; shorten it",
-            stacklevel=2,
-        )
-    query = encode_captions(model, [sentence], tokenizer, progress=False)[0]
     similarity = _cosine(query, encoded)
     best = top_matches(similarity, k).numpy()
     return pd.DataFrame({"image": names[best], "similarity": similarity.numpy()[best]})
 
 
-def _pictures_below(folder: Path) -> tuple[list[str], dict[str, str]]:
+def encode_sentence(model: nn.Module, sentence: str, tokenizer: Tokenizer) -> Tensor:
+    """Embedding of a sentence to search for: float32 [D], not normalised; a warning tells if its end is not read.
+
+    Raises:
+        ConfigError: an empty sentence.
+    """
+    if not sentence.strip():
+        raise ConfigError("the sentence to search for is empty; describe a person")
+    if (needed := tokenizer.length(sentence)) > tokenizer.context_length:
+        warnings.warn(
+            f"the sentence needs {needed} positions and the model reads {tokenizer.context_length}: its end is not "
+            "searched for; shorten it",
+            stacklevel=3,
+        )
+    return encode_captions(model, [sentence], tokenizer, progress=False)[0]
+
+
+def pictures_below(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Paths of the picture files in a folder and its subfolders, and by path why a subfolder cannot be searched.
 
     Links are followed, each folder once, and never to a folder that holds `folder`.

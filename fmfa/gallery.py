@@ -1,0 +1,456 @@
+"""A gallery: the pictures of a folder, table or data set, encoded once and searched by any number of sentences.
+
+`python -m fmfa.gallery build SOURCE --to GALLERY`, then `add`, `remove`, `refresh`; `python -m fmfa.search` searches.
+A gallery is a folder with `vectors` (half precision, unit length), `gallery.sqlite` (one row per picture) and
+`gallery.json` (the system that encodes). The vectors of a batch are on disk before its rows are, so that a kill at any
+moment leaves a gallery that opens.
+"""
+
+import argparse
+import hashlib
+import os
+import sqlite3
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmfa.data.annotations import Dataset
+from fmfa.data.datasets import open_dataset
+from fmfa.errors import ConfigError, FmfaError
+from fmfa.evaluation.evaluate import encode_images, pictures_below
+from fmfa.files import flush, held_folder, read_json, said_plainly, write_json
+from fmfa.progress import progress_bar
+from fmfa.systems import System, load_system
+
+RECORD = "gallery.json"
+TABLE = "gallery.sqlite"
+VECTORS = "vectors"
+OWN_COLUMNS = ("vector", "path", "size", "changed")  # of the table; further ones are the user's
+_SCHEMA = "vector INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed REAL"
+_BATCH = 512
+_HALF_ERROR = 4e-3  # bound on the error of a cosine that is computed and stored in half precision
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """An open gallery; use `open_gallery`.
+
+    `vectors` is float16 [N, D] of unit length, memory-mapped. Rows of the table point into it; vectors of pictures that
+    were removed or changed stay, and no row points at them.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    vectors: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        with _connected(self.folder) as table:
+            return table.execute("SELECT count(*) FROM pictures").fetchone()[0]
+
+    def system(self, device: str = "cpu", weights: str = "") -> System:
+        """Open the system that encoded the gallery.
+
+        Args:
+            device: auto, cpu or cuda.
+            weights: where its weights are now, if they were moved.
+
+        Raises:
+            ConfigError: the weights are not those that encoded the gallery.
+            CheckpointError: they cannot be read.
+        """
+        given = self.record["system"] | ({"source": weights} if weights else {})
+        system = load_system(given["source"], device, **given["model"])
+        if fingerprint(system) != self.record["fingerprint"]:
+            raise ConfigError(
+                f"{given['source'] or 'the shipped CLIP'} is not the system that encoded {self.folder}: vectors of two "
+                "systems cannot be compared. Name the weights that built it, or build a gallery with these"
+            )
+        return system
+
+    def rows(self, where: str = "") -> pd.DataFrame:
+        """One row per picture, in the order of their addition.
+
+        Args:
+            where: an SQL condition on the columns, such as `camera == 'entrance' and time > '2026-05-01'`; it can only
+                read this table. Empty: all pictures.
+
+        Raises:
+            ConfigError: the condition is not valid; the columns are named.
+        """
+        with _connected(self.folder) as table:
+            columns = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
+            table.set_authorizer(_read_only)
+            try:
+                condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
+                return pd.read_sql_query(f"SELECT * FROM pictures WHERE {condition} ORDER BY vector", table)
+            except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
+                reason = str(error.__cause__ or error)
+                raise ConfigError(
+                    f"the condition {where!r} is not valid: {reason}; columns are {', '.join(columns)}"
+                ) from None
+
+    def search(self, query: Tensor, k: int = 10, where: str = "") -> pd.DataFrame:
+        """The k pictures closest to an embedding, exactly, best first; of equal ones the earlier added.
+
+        Args:
+            query: float [D], of a sentence or a picture; see `encode_captions` and `encode_images`.
+            k: number of pictures, or fewer if there are no more.
+            where: as in `rows`; only these pictures are searched.
+
+        Returns:
+            The rows with `cosine`, and `deviations`: how many standard deviations that is above the mean cosine of all
+            pictures searched.
+
+        Raises:
+            ConfigError: `where` is not valid, or the query's size is not the gallery's.
+        """
+        rows = self.rows(where)
+        if query.shape != (self.vectors.shape[1],):
+            raise ConfigError(f"the query has shape {tuple(query.shape)}, expected ({self.vectors.shape[1]},)")
+        if rows.empty:
+            return rows.drop(columns="vector").assign(cosine=[], deviations=[])
+        query = F.normalize(query.detach().cpu().float(), dim=0)
+        places = rows["vector"].to_numpy()
+        whole = len(places) == len(self.vectors)
+        vectors = torch.from_numpy(self.vectors if whole else self.vectors[places])
+        rough = torch.mv(vectors, query.half()).float()
+        kth = rough.topk(min(k, len(rough))).values[-1]
+        near = (rough >= kth - _HALF_ERROR).nonzero()[:, 0]
+        cosine = vectors[near].float() @ query
+        order = cosine.argsort(descending=True, stable=True)[:k]
+        spread = float(rough.std()) if len(rough) > 1 else float("nan")
+        best = rows.iloc[near[order].numpy()].drop(columns="vector").reset_index(drop=True)
+        return best.assign(cosine=cosine[order].numpy(), deviations=((cosine[order] - rough.mean()) / spread).numpy())
+
+
+def open_gallery(folder: str | Path) -> Gallery:
+    """Open a gallery; ConfigError if there is none or it is damaged."""
+    folder = Path(folder)
+    record = read_json(folder / RECORD)
+    missing = {"fingerprint", "dimension", "system", "sources"} - set(record)
+    if missing or not (folder / TABLE).is_file():
+        raise ConfigError(f"{folder} is no gallery: {', '.join(sorted(missing)) or TABLE} is missing; build it again")
+    path, size = folder / VECTORS, record["dimension"]
+    held = path.stat().st_size // (2 * size) if path.is_file() else 0
+    with _connected(folder) as table:
+        needed = table.execute("SELECT coalesce(max(vector), -1) + 1 FROM pictures").fetchone()[0]
+    if held < needed:
+        raise ConfigError(f"{path} holds {held:,} vectors and the table needs {needed:,}; build the gallery again")
+    return Gallery(
+        folder, record, np.memmap(path, np.float16, "c", shape=(held, size)) if held else np.empty((0, size))
+    )
+
+
+def build_gallery(
+    folder: str | Path, source: str, system: System, described: dict[str, Any], *, progress: bool = True, **opening: Any
+) -> dict[str, str]:
+    """Encode what is new or changed at a source into a gallery, which is made if missing; an interrupted call goes on.
+
+    Args:
+        folder: the gallery's.
+        source: folder of pictures (its subfolders included), a CSV or Parquet table with a column `path` (or `image`;
+            relative paths start at the table), or the name of a data set. Further columns of a table, and the
+            identity of a data set, are kept.
+        system: encodes the pictures.
+        described: `source` and `model` of `load_system`, by which the system is opened again.
+        progress: show a progress bar.
+        opening: `root`, `scale` and `split` of a data set.
+
+    Returns:
+        By path, why a picture was left out.
+
+    Raises:
+        ConfigError: no such source, another process writes to the gallery, or another system encoded it.
+    """
+    folder = Path(folder)
+    with said_plainly(f"{folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with held_folder(folder):
+        pictures, faults = _pictures_at(source, opening)
+        mark = fingerprint(system)
+        record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+        if record and record["fingerprint"] != mark:
+            raise ConfigError(f"{folder} was encoded by another system; give another folder, or that system's weights")
+        entry = {"source": source, **opening}
+        if record is None:
+            size = int(system.model.encode_image(system.transform.finish(_blank(system))).embedding.shape[1])
+            record = {"fingerprint": mark, "dimension": size, "system": described, "sources": []}
+        if entry not in record["sources"]:
+            record["sources"].append(entry)
+        write_json(folder / RECORD, record)
+        with _connected(folder, write=True) as table:
+            own = [name for name in pictures if name not in OWN_COLUMNS]
+            _fit_columns(table, own)
+            outdated = pictures[_outdated(table, pictures)]
+            faults |= _encode_into(folder, table, outdated, system, record["dimension"], progress)
+            for name in own:
+                values = zip(map(_plain, pictures[name]), pictures["path"], strict=True)
+                with table:
+                    table.executemany(f"UPDATE pictures SET {_quoted(name)} = ? WHERE path = ?", values)
+            return faults
+
+
+def remove_pictures(folder: str | Path, paths: Iterable[str]) -> int:
+    """Take pictures out of a gallery by their paths; returns how many it held."""
+    open_gallery(folder)
+    with held_folder(folder), _connected(folder, write=True) as table, table:
+        before = table.total_changes
+        table.executemany("DELETE FROM pictures WHERE path = ?", [(_absolute(path),) for path in paths])
+        return table.total_changes - before
+
+
+def refresh_gallery(folder: str | Path, system: System, *, progress: bool = True) -> tuple[int, dict[str, str]]:
+    """Bring a gallery up to date with its sources: new and changed pictures are encoded, vanished ones removed.
+
+    Returns:
+        How many were removed, and by path why a picture was left out.
+    """
+    gallery = open_gallery(folder)
+    faults: dict[str, str] = {}
+    for entry in gallery.record["sources"]:
+        faults |= build_gallery(folder, system=system, described=gallery.record["system"], progress=progress, **entry)
+    gone = [path for path in gallery.rows()["path"] if not os.path.isfile(path)]
+    return remove_pictures(folder, gone), faults
+
+
+def fingerprint(system: System) -> str:
+    """Name a system by its weights and by how it reads pictures; equal for equal systems only."""
+    digest = hashlib.blake2b(repr(system.transform).encode(), digest_size=16)
+    for name, tensor in sorted(system.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def add_system_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options that open a system; `described_system` reads them."""
+    parser.add_argument("--weights", default="", help="run, weight file or model of open_clip; empty: the shipped CLIP")
+    parser.add_argument("--backbone", default="", help="of a foreign weight file: an open_clip model or JSON file")
+    parser.add_argument("--vocabulary", default="", help="of an IVT, if its run does not hold it")
+    for name in ("image-height", "image-width", "stride"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="of a foreign weight file, pixels")
+    parser.add_argument("--position-grid", default="", help="of a foreign weight file, such as 24x8")
+
+
+def described_system(options: argparse.Namespace) -> dict[str, Any]:
+    """`source` and `model` of `load_system` from a parsed command line."""
+    names = ("backbone", "vocabulary", "image_height", "image_width", "stride", "position_grid")
+    source = _absolute(options.weights) if os.path.exists(options.weights) else options.weights
+    return {"source": source, "model": {name: value for name in names if (value := getattr(options, name))}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 0 done, 2 a mistake in what was asked for."""
+    options = _parser().parse_args(arguments)
+    try:
+        _COMMANDS[options.command](options)
+    except FmfaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is encoded is kept; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fmfa.gallery", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (("build", "encode a source into a gallery"), ("add", "encode a further source")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("source", help="folder, CSV or Parquet table with a column path, or name of a data set")
+        command.add_argument("--to", required=True, metavar="GALLERY", help="folder of the gallery")
+        command.add_argument("--root", default="", help="of a data set: its folder")
+        command.add_argument("--scale", default="small", help="of SimPEDES without a root")
+        command.add_argument("--split", default="test", help="of a data set")
+        add_system_options(command)
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command = commands.add_parser("remove", help="take pictures out")
+    command.add_argument("gallery")
+    command.add_argument("paths", nargs="+")
+    command = commands.add_parser("refresh", help="encode new and changed pictures, remove vanished ones")
+    command.add_argument("gallery")
+    command.add_argument("--weights", default="", help="where the system's weights are now, if they were moved")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser
+
+
+def _build(options: argparse.Namespace) -> None:
+    described = described_system(options)
+    if options.command == "add" and not options.weights:
+        described = open_gallery(options.to).record["system"]
+    system = load_system(described["source"], options.device, **described["model"])
+    source = _absolute(options.source) if os.path.exists(options.source) else options.source
+    opening = {} if os.path.exists(source) else {name: getattr(options, name) for name in ("root", "scale", "split")}
+    faults = build_gallery(options.to, source, system, described, **opening)
+    _tell(options.to, faults)
+
+
+def _remove(options: argparse.Namespace) -> None:
+    count = remove_pictures(options.gallery, options.paths)
+    print(f"{count} of {len(options.paths)} removed; {len(open_gallery(options.gallery)):,} pictures left")
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    system = open_gallery(options.gallery).system(options.device, options.weights)
+    removed, faults = refresh_gallery(options.gallery, system)
+    print(f"{removed:,} vanished pictures removed")
+    _tell(options.gallery, faults)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "build": _build,
+    "add": _build,
+    "remove": _remove,
+    "refresh": _refresh,
+}
+
+
+def _tell(folder: str, faults: dict[str, str]) -> None:
+    for fault in faults.values():
+        print(f"left out: {fault}", file=sys.stderr)
+    left_out = f", {len(faults):,} left out" if faults else ""
+    print(f"{folder}: {len(open_gallery(folder)):,} pictures{left_out}")
+
+
+def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Table with absolute `path`, `size`, `changed` and the source's own columns; and what is missing, by path."""
+    faults: dict[str, str] = {}
+    if os.path.isdir(source):
+        paths, faults = pictures_below(Path(source))
+        table = pd.DataFrame({"path": paths})
+    elif os.path.isfile(source):
+        table = _read_table(Path(source))
+    else:
+        table = _of_dataset(open_dataset(source, opening["root"], scale=opening["scale"]), opening["split"])
+    table["path"] = [_absolute(path) for path in table["path"]]
+    table = table.drop_duplicates("path", ignore_index=True)
+    found = [os.stat(path) if os.path.isfile(path) else None for path in table["path"]]
+    faults |= {path: f"{path}: no such file" for path, at in zip(table["path"], found, strict=True) if at is None}
+    table = table[[at is not None for at in found]]
+    present = [at for at in found if at is not None]
+    return table.assign(size=[at.st_size for at in present], changed=[at.st_mtime for at in present]), faults
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False)
+    except Exception as error:  # pandas lets errors of every kind through
+        raise ConfigError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    table = table.rename(columns={"image": "path"}) if "path" not in table else table
+    if "path" not in table:
+        raise ConfigError(f"{path} has the columns {', '.join(map(str, table))}; expected `path` or `image`")
+    taken = sorted(set(table) & (set(OWN_COLUMNS) - {"path"}))
+    if taken:
+        raise ConfigError(f"{path} has a column {taken[0]}, a name that galleries use themselves; rename it")
+    return table.assign(path=[str(path.parent / entry) for entry in table["path"].astype(str)])
+
+
+def _of_dataset(data: Dataset, split: str) -> pd.DataFrame:
+    rows = data.split(split)[["image", "identity"]].drop_duplicates("image")
+    return pd.DataFrame(
+        {"path": [str(Path(data.images) / image) for image in rows["image"]], "identity": rows["identity"]}
+    )
+
+
+def _outdated(table: sqlite3.Connection, pictures: pd.DataFrame) -> np.ndarray:
+    """Whether each picture is missing from the table or has another size or time of change there."""
+    known = {path: (size, changed) for path, size, changed in table.execute("SELECT path, size, changed FROM pictures")}
+    rows = zip(pictures["path"], pictures["size"], pictures["changed"], strict=True)
+    return np.array([known.get(path) != (size, changed) for path, size, changed in rows], bool)
+
+
+def _encode_into(
+    folder: Path, table: sqlite3.Connection, pictures: pd.DataFrame, system: System, size: int, progress: bool
+) -> dict[str, str]:
+    faults: dict[str, str] = {}
+    columns = ["vector", *pictures.columns]
+    insert = (
+        f"INSERT OR REPLACE INTO pictures ({', '.join(map(_quoted, columns))}) VALUES ({', '.join('?' * len(columns))})"
+    )
+    with progress_bar(len(pictures), "encoding", "pictures", shown=progress) as bar:
+        for start in range(0, len(pictures), _BATCH):
+            batch = pictures[start : start + _BATCH]
+            left_out: dict[str | Path, str] = {}
+            encoded = encode_images(
+                system.model, batch["path"].tolist(), system.transform, faults=left_out, progress=False
+            )
+            batch = batch[~batch["path"].isin(left_out)]
+            first = _append(folder / VECTORS, F.normalize(encoded, dim=1).half().numpy(), size) if len(batch) else 0
+            with table:
+                values = zip(range(first, first + len(batch)), *(map(_plain, batch[c]) for c in pictures), strict=True)
+                table.executemany(insert, values)
+                table.executemany("DELETE FROM pictures WHERE path = ?", [(str(path),) for path in left_out])
+            faults |= {str(path): reason for path, reason in left_out.items()}
+            bar.update(min(_BATCH, len(pictures) - start))
+    return faults
+
+
+def _append(path: Path, vectors: np.ndarray, size: int) -> int:
+    """Append float16 [B, size] and return the position of the first; half a vector of a killed call is overwritten."""
+    with said_plainly(f"{path} cannot be written; make room and run the same command again"):
+        with open(path, "r+b" if path.exists() else "w+b") as file:
+            first = file.seek(0, os.SEEK_END) // (2 * size)
+            file.seek(first * 2 * size)
+            file.write(vectors.tobytes())
+        flush(path)
+    return first
+
+
+@contextmanager
+def _connected(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    path = (folder / TABLE).absolute()
+    mode = "rwc" if write else "ro"
+    try:
+        table = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)
+        try:
+            if write:
+                table.execute(f"CREATE TABLE IF NOT EXISTS pictures ({_SCHEMA})")
+            yield table
+        finally:
+            table.close()
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
+
+
+def _read_only(action: int, *_: Any) -> int:
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
+    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
+
+
+def _fit_columns(table: sqlite3.Connection, names: Sequence[str]) -> None:
+    known = {row[1].lower() for row in table.execute("PRAGMA table_info(pictures)")}
+    for name in names:
+        if str(name).lower() not in known:
+            table.execute(f"ALTER TABLE pictures ADD COLUMN {_quoted(name)}")
+
+
+def _quoted(name: str) -> str:
+    return '"' + str(name).replace('"', '""') + '"'
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def _absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _blank(system: System) -> Tensor:
+    return torch.zeros(1, 3, *system.transform.size, dtype=torch.uint8, device=next(system.model.parameters()).device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fmfa import gallery as galleries
+from fmfa.errors import ConfigError
+from fmfa.evaluation.evaluate import encode_images, encode_sentence
+from fmfa.files import held_folder
+from fmfa.gallery import build_gallery, main, open_gallery, refresh_gallery, remove_pictures
+from fmfa.search import main as search_main
+from fmfa.search import search_gallery
+from fmfa.systems import load_system
+
+SHIPPED = {"source": "", "model": {}}
+
+
+@pytest.fixture(scope="module")
+def system():
+    return load_system()
+
+
+@pytest.fixture
+def crops(tmp_path):
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for number in range(30):
+        write_picture(folder / f"{number:02d}.png", number)
+    return folder
+
+
+def write_picture(path, seed):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (96, 32, 3), np.uint8)).save(path)
+
+
+def build(folder, source, system):
+    return build_gallery(folder, str(source), system, SHIPPED, progress=False)
+
+
+def assert_consistent(folder, system):
+    """Every row has the vector of its own picture."""
+    opened = open_gallery(folder)
+    rows = opened.rows()
+    assert rows["path"].is_unique
+    assert rows["vector"].is_unique
+    if len(rows):
+        encoded = encode_images(system.model, rows["path"].tolist(), system.transform, progress=False)
+        expected = torch.nn.functional.normalize(encoded, dim=1).numpy()
+        np.testing.assert_allclose(opened.vectors[rows["vector"]], expected, atol=1e-3)
+    return set(rows["path"])
+
+
+def test_a_search_finds_what_sorting_all_cosines_finds(tmp_path, crops, system):
+    build(tmp_path / "g", crops, system)
+    opened = open_gallery(tmp_path / "g")
+    query = encode_sentence(system.model, "A woman in a red coat.", system.tokenizer)
+    vectors = opened.vectors.astype(np.float64)
+    cosine = vectors @ (query / query.norm()).double().numpy()
+    order = np.argsort(-cosine, kind="stable")[:7]
+    hits = opened.search(query, 7)
+    assert hits["path"].tolist() == opened.rows()["path"].iloc[order].tolist()
+    np.testing.assert_allclose(hits["cosine"], cosine[order], atol=1e-5)
+    np.testing.assert_allclose(hits["deviations"], (cosine[order] - cosine.mean()) / cosine.std(ddof=1), atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [48, 512, 1024])
+def test_half_precision_never_hides_a_hit(size):
+    generator = torch.Generator().manual_seed(size)
+    unit = torch.nn.functional.normalize
+    vectors = unit(torch.rand(4000, size, generator=generator), dim=1).half()  # all alike: cosines near 1
+    query = unit(torch.rand(size, generator=generator), dim=0)
+    error = torch.mv(vectors, query.half()).double() - vectors.double() @ query.double()
+    assert 2 * error.abs().max() < galleries._HALF_ERROR
+
+
+def test_a_table_keeps_its_columns_and_filters_come_first(tmp_path, crops, system):
+    table = pd.DataFrame({"path": [f"crops/{n:02d}.png" for n in range(30)], "camera": ["a", "b", "it's"] * 10})
+    table["time"] = [f"2026-05-{n + 1:02d}" for n in range(30)]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    build(tmp_path / "g", tmp_path / "table.csv", system)
+    opened = open_gallery(tmp_path / "g")
+    query = torch.randn(opened.vectors.shape[1], generator=torch.Generator().manual_seed(0))
+    hits = opened.search(query, 100, "camera == 'b' and time > '2026-05-10'")
+    assert sorted(hits["time"]) == [
+        t for t, c in zip(table["time"], table["camera"], strict=True) if c == "b" and t > "2026-05-10"
+    ]
+    table.assign(camera="moved").to_csv(tmp_path / "table.csv", index=False)
+    build(tmp_path / "g", tmp_path / "table.csv", system)
+    assert set(opened.rows()["camera"]) == {"moved"}
+    assert len(opened) == 30
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["camera == 1", "1); DROP TABLE pictures; --", "1) UNION SELECT * FROM pictures; DELETE FROM pictures WHERE (1",
+     "load_extension('x')", "path IN (SELECT x FROM y)", "'"],
+)  # fmt: skip
+def test_a_condition_only_reads(tmp_path, crops, system, where):
+    build(tmp_path / "g", crops, system)
+    with pytest.raises(ConfigError, match=r"not valid: .*columns are vector, path"):
+        open_gallery(tmp_path / "g").rows(where)
+    assert len(open_gallery(tmp_path / "g")) == 30
+
+
+def test_add_remove_and_refresh_encode_only_what_changed(tmp_path, crops, system, monkeypatch):
+    build(tmp_path / "g", crops, system)
+    encoded = []
+    original = galleries.encode_images
+    monkeypatch.setattr(galleries, "encode_images", lambda m, p, *a, **k: encoded.extend(p) or original(m, p, *a, **k))
+    assert build(tmp_path / "g", crops, system) == {}
+    assert encoded == []
+    write_picture(crops / "03.png", 300)
+    write_picture(crops / "new.png", 301)
+    (crops / "04.png").unlink()
+    (crops / "broken.jpg").write_bytes(b"no picture")
+    removed, faults = refresh_gallery(tmp_path / "g", system, progress=False)
+    assert {os.path.basename(path) for path in encoded} == {"03.png", "new.png", "broken.jpg"}
+    assert removed == 1
+    assert [os.path.basename(path) for path in faults] == ["broken.jpg"]
+    assert remove_pictures(tmp_path / "g", [crops / "05.png", crops / "unknown.png"]) == 1
+    held = assert_consistent(tmp_path / "g", system)
+    assert held == {str(p) for p in crops.glob("*.png")} - {str(crops / "05.png")}
+
+
+def test_another_system_and_a_second_writer_are_refused(tmp_path, crops, system):
+    build(tmp_path / "g", crops, system)
+    other = load_system()
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1
+    with pytest.raises(ConfigError, match="another system"):
+        build(tmp_path / "g", crops, other)
+    record = json.loads((tmp_path / "g" / "gallery.json").read_text())
+    (tmp_path / "g" / "gallery.json").write_text(json.dumps(record | {"fingerprint": "0"}))
+    with pytest.raises(ConfigError, match="not the system that encoded"):
+        open_gallery(tmp_path / "g").system()
+    (tmp_path / "g" / "gallery.json").write_text(json.dumps(record))
+    script = "import sys; from fmfa.gallery import main; sys.exit(main(sys.argv[1:]))"
+    with held_folder(tmp_path / "g"):
+        command = [sys.executable, "-c", script, "remove", str(tmp_path / "g"), "x.png"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "in use by process" in done.stderr
+
+
+_KILLED = """
+import os, signal, sys
+from fmfa import gallery
+from fmfa.systems import load_system
+gallery._BATCH = 3
+calls, original = [], gallery.flush
+def flush(path):
+    calls.append(path)
+    if len(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(path)
+gallery.flush = flush
+system = load_system()
+print("ready", flush=True)
+gallery.build_gallery(sys.argv[1], sys.argv[2], system, {"source": "", "model": {}}, progress=False)
+"""
+
+
+@pytest.mark.parametrize("point", [1, 2, 9, "random"])
+def test_a_killed_build_leaves_a_gallery_that_opens_and_goes_on(tmp_path, crops, system, point):
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "g"), str(crops), str(0 if point == "random" else point)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    if point == "random":
+        time.sleep(random.uniform(0.05, 0.5))
+        child.send_signal(signal.SIGKILL)
+    assert child.wait() in (-signal.SIGKILL, 0)
+    if (tmp_path / "g" / "gallery.sqlite").exists():
+        held = assert_consistent(tmp_path / "g", system)
+        assert point == "random" or len(held) == 3 * (point - 1)
+    build(tmp_path / "g", crops, system)
+    assert len(assert_consistent(tmp_path / "g", system)) == 30
+
+
+def test_half_a_vector_at_the_end_is_overwritten(tmp_path, crops, system):
+    build(tmp_path / "g", crops, system)
+    with open(tmp_path / "g" / "vectors", "ab") as file:
+        file.write(b"xyz")
+    write_picture(crops / "new.png", 99)
+    build(tmp_path / "g", crops, system)
+    assert len(assert_consistent(tmp_path / "g", system)) == 31
+
+
+@pytest.mark.parametrize("name", ["gallery.json", "gallery.sqlite", "vectors"])
+def test_a_damaged_gallery_is_one_sentence(tmp_path, crops, system, name, capsys):
+    build(tmp_path / "g", crops, system)
+    (tmp_path / "g" / name).write_bytes((tmp_path / "g" / name).read_bytes()[:100])
+    assert search_main([str(tmp_path / "g"), "a man", "--device", "cpu"]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_the_commands(tmp_path, crops, system, capsys):
+    assert main(["build", str(crops), "--to", str(tmp_path / "g"), "--device", "cpu"]) == 0
+    assert "30 pictures" in capsys.readouterr().out
+    assert (
+        search_main([str(tmp_path / "g"), "a man", "--like", str(crops / "07.png"), "-k", "2", "--format", "json"]) == 0
+    )
+    hits = json.loads(capsys.readouterr().out)
+    assert [hit["rank"] for hit in hits] == [1, 2, 1, 2]
+    assert hits[2]["path"] == str(crops / "07.png")
+    (tmp_path / "sentences.txt").write_text("a man\n\na woman in red\n")
+    assert search_main([str(tmp_path / "g"), "--file", str(tmp_path / "sentences.txt"), "--format", "csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 21
+    opened = open_gallery(tmp_path / "g")
+    own = search_gallery(opened, system, [], [str(crops / "11.png")], k=1)
+    assert own["cosine"].item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["/nowhere", "a man"], "gallery.json"), (["G"], "nothing to search for"), (["G", " "], "sentence"),
+     (["G", "a man", "-k", "0"], "-k is 0"), (["G", "--like", "/nowhere.png"], "nowhere"),
+     (["G", "--file", "/nowhere"], "nowhere")],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(tmp_path, crops, system, capsys, words, told):
+    build(tmp_path / "g", crops, system)
+    assert search_main([str(tmp_path / "g") if word == "G" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
