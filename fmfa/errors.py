@@ -1,6 +1,15 @@
 """The errors that users are meant to read: what was found, what was expected, what to do."""
 
 import re
+import reprlib
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
 
 
 class FmfaError(ValueError):
@@ -29,3 +38,55 @@ class ConfigError(FmfaError):
 
 class TrainingError(FmfaError):
     """Training cannot start or go on (fatal data check, non-finite loss, unfitting resume)."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def checked(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass whose values have their declared types, an int also where a float is declared.
+
+    Limits are given as pydantic takes them. A value that does not fit is a ConfigError of one sentence; errors that
+    the class' `__post_init__` raises for users come through as they are.
+    """
+    settings = ConfigDict(strict=True, allow_inf_nan=False)
+    made: Any = dataclass(frozen=True, config=settings)(cls)
+    check: Callable[..., None] = made.__init__
+
+    def build(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            check(self, *values, **named)
+        except ValidationError as error:
+            own = error.errors()[0].get("ctx", {}).get("error")
+            raise own if isinstance(own, FmfaError) else ConfigError(told(error)) from None
+
+    made.__init__ = build
+    return made
+
+
+def told(error: ValidationError) -> str:
+    """One sentence for the first thing that pydantic finds wrong: the place, what it should be, what was found."""
+    first, *others = error.errors(include_url=False)
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    known = {
+        "missing": "missing",
+        "missing_argument": "missing",
+        "extra_forbidden": "unknown name",
+        "unexpected_keyword_argument": "unknown name",
+        "string_pattern_mismatch": "only letters, digits and _ . = + - make a name",
+    }
+    sentence = f"{place}: {known.get(first['type'], _plain(first['msg']))}"
+    if first["type"] not in list(known)[:4]:
+        sentence += f", found {reprlib.repr(first['input'])}"
+    if first["type"] == "literal_error":
+        choices = re.findall("'(.*?)'", first["ctx"]["expected"])
+        sentence += f"; {nearest(first['input'], choices)}".rstrip("; ")
+    return sentence + (f" (and {len(others)} more)" if others else "")
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The hint `did you mean NAME? ` with the known name that is most like a word; empty if none is."""
+    near = get_close_matches(str(word), known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should", "should")

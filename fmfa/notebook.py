@@ -5,32 +5,27 @@
 
 import argparse
 import ast
-import io
 import json
-import math
 import os
 import re
 import shlex
 import sys
-import tokenize
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import nbformat
 import papermill
 import yaml
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 import fmfa.errors
-from fmfa.errors import ConfigError
-from fmfa.files import PROJECT, said_plainly, whole_file
-from fmfa.simpedes.generate import SCALES
+from fmfa.errors import ConfigError, checked, nearest
+from fmfa.files import PROJECT, said_plainly, whole_file, write_json
 
 KERNEL = "python3"
 QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # not one warning a notebook about its connection to this machine
@@ -43,7 +38,6 @@ FILES = ("weights", "text_weights", "backbone", "vocabulary")
 """Parameters that are paths or names of something that is fetched."""
 PLAIN_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list)}
 Config = TypeVar("Config")
-_SPLITS = ("train", "val", "test")
 
 
 def status_path(output: str | Path) -> Path:
@@ -74,7 +68,7 @@ def run_notebook(
             among them start in this process' working folder; those of the defaults in the notebook's folder.
         timeout: seconds that a single cell may take; None for no limit.
         html: export the executed notebook as HTML.
-        progress: show papermill's progress bar, and let the notebook show the package's.
+        progress: show papermill's progress bar.
 
     Returns:
         The record: notebook, output, html, status ("finished"), error (None), started, finished (UTC),
@@ -106,7 +100,7 @@ def run_notebook(
         output.parent.mkdir(parents=True, exist_ok=True)
         for stale in (output, output.with_suffix(".html")):
             stale.unlink(missing_ok=True)
-        _write(record)
+        write_json(status_path(output), record)
     try:
         _execute(record, timeout, progress)
         record["status"] = "finished"
@@ -116,10 +110,10 @@ def run_notebook(
         raise
     finally:
         record["finished"] = _now()
-        _write(record)
+        write_json(status_path(output), record)
         if html and output.exists():
             record["html"] = str(_export_html(output))
-            _write(record)
+            write_json(status_path(output), record)
     return record
 
 
@@ -139,6 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output is None:
             parser.error("the output is missing")
         given = given_parameters(options)
+        if not options.progress:
+            os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         record = run_notebook(
             options.notebook, options.output, given, timeout=options.timeout, progress=options.progress
         )
@@ -163,36 +159,21 @@ def _execute(record: dict[str, Any], timeout: int | None, progress: bool) -> Non
     while True:
         record["kernel_starts"] += 1
         try:
-            with _progress_bars(progress):
-                papermill.execute_notebook(
-                    *paths,
-                    {name: record["parameters"][name] for name in record["given"]},
-                    kernel_name=KERNEL,
-                    language="python",
-                    cwd=notebook.parent,
-                    progress_bar=progress,
-                    start_timeout=START_TIMEOUT,
-                    execution_timeout=timeout,
-                    extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],
-                )
+            papermill.execute_notebook(
+                *paths,
+                {name: record["parameters"][name] for name in record["given"]},
+                kernel_name=KERNEL,
+                language="python",
+                cwd=notebook.parent,
+                progress_bar=progress,
+                start_timeout=START_TIMEOUT,
+                execution_timeout=timeout,
+                extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],
+            )
             return
         except RuntimeError:  # of a kernel; a failing cell is a PapermillExecutionError
             if record["kernel_starts"] > 1 or _any_cell_started(output):
                 raise
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Keep `progress_bar` quiet in the kernel, which inherits the environment, unless it is wanted."""
-    before = os.environ.get("TQDM_DISABLE")
-    if not shown:
-        os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("TQDM_DISABLE", None)
-        if before is not None:
-            os.environ["TQDM_DISABLE"] = before
 
 
 def _any_cell_started(output: Path) -> bool:
@@ -220,11 +201,6 @@ def _describe(error: BaseException) -> dict[str, Any]:
     cell = getattr(error, "exec_count", None)
     kind = getattr(error, "ename", type(error).__name__)
     return {"type": kind, "message": str(getattr(error, "evalue", error)), "cell": cell}
-
-
-def _write(record: dict[str, Any]) -> None:
-    with whole_file(status_path(record["output"])) as partial:
-        partial.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _now() -> str:
@@ -329,21 +305,25 @@ def read_parameters(source: str) -> dict[str, Parameter]:
     anything else.
 
     Raises:
-        ConfigError: a statement of another form, a default of another type, a name twice, no help comment.
+        ConfigError: not Python, a name twice, or a line of another form.
     """
     try:
         body = ast.parse(source).body
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError) as error:
+    except SyntaxError as error:
         raise ConfigError(f"not valid Python ({error})") from None
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    found: dict[str, Parameter] = {}
+    lines = source.encode().splitlines()
+    parameters: dict[str, Parameter] = {}
     for node in body:
-        parameter = _read_line(node, comments.get(node.end_lineno, "").lstrip("# ").rstrip())
-        if parameter.name in found:
+        comment = lines[node.end_lineno - 1][node.end_col_offset :].decode().strip().lstrip("# ")
+        parameter = _read_line(node, comment)
+        if parameter is None:
+            types = ", ".join(PLAIN_TYPES)
+            line = ast.unparse(node)
+            raise ConfigError(f"{line!r} is not of the form `name: type = literal  # help` with a type of {types}")
+        if parameter.name in parameters:
             raise ConfigError(f"{parameter.name} is declared twice")
-        found[parameter.name] = parameter
-    return found
+        parameters[parameter.name] = parameter
+    return parameters
 
 
 def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool | list:
@@ -363,13 +343,10 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
     kind = parameter.type
     if type(value) is str and kind is not str:
         value = _from_text(kind, value, parameter)
-    if kind is float and type(value) is int:
-        try:
-            value = float(value)
-        except OverflowError:
-            raise _mismatch(parameter, value) from None
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise _mismatch(parameter, value)
+    try:
+        value = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        raise _mismatch(parameter, value) from None
     if kind is str and re.search("[\ud800-\udfff]", value):
         raise ConfigError(f"{parameter.name} is {value!r}, which is not valid Unicode: {parameter.help}")
     if kind is list and parameter.default:
@@ -385,9 +362,8 @@ def resolve_parameters(declared: Mapping[str, Parameter], given: Mapping[str, An
     """
     for name in given:
         if name not in declared:
-            near = get_close_matches(str(name), declared, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"unknown parameter {name!r}; {hint}valid are {', '.join(declared) or 'none'}")
+            valid = ", ".join(declared) or "none"
+            raise ConfigError(f"unknown parameter {name!r}; {nearest(name, declared)}valid are {valid}")
     return {
         name: convert_value(parameter, given[name]) if name in given else parameter.default
         for name, parameter in declared.items()
@@ -397,40 +373,26 @@ def resolve_parameters(declared: Mapping[str, Parameter], given: Mapping[str, An
 def check_parameters(
     config_type: type[Config], namespace: Mapping[str, Any], *, beside: tuple[str, ...] = ()
 ) -> Config:
-    """Build a frozen dataclass from a notebook's parameters, right after the parameters cell.
+    """Build a `checked` dataclass from a notebook's parameters, right after the parameters cell.
 
-    `config = check_parameters(TrainConfig, globals())` takes what the cell last declared (found in IPython's
-    `In`, so a name misspelt in the cell is an error and not a silently unused value) and the present values.
-    Fields that the cell leaves out keep the dataclass' defaults. The dataclass checks ranges itself.
+    `config = check_parameters(TrainConfig, globals())` takes the present values of what the cell last declared (found
+    in IPython's `In`, so a name misspelt in the cell is an error and not a silently unused value).
+    Fields that the cell leaves out keep the dataclass' defaults. Relative paths start in the notebook's folder.
 
     Args:
-        config_type: dataclass whose fields have plain types.
+        config_type: the dataclass.
         namespace: the notebook's `globals()`.
         beside: parameters of the cell that are not fields of the dataclass.
 
     Raises:
-        ConfigError: no parameters cell was run; cell and dataclass disagree on a name or a type; a value
-            has another type than declared; or the dataclass refuses.
+        ConfigError: no parameters cell was run, it declares a name that the dataclass has not, or the dataclass
+            refuses a value.
     """
-    declared = _last_declared(namespace)
-    known = {field.name: field for field in fields(config_type)}
-    values = {}
-    for name, parameter in declared.items():
-        if name in beside:
-            continue
-        if name not in known:
-            raise ConfigError(f"the parameters cell has {name!r}, {config_type.__name__} has no such field")
-        expected = getattr(known[name].type, "__name__", known[name].type)
-        if expected != parameter.type.__name__:
-            found = f"{name} is {parameter.type.__name__} in the parameters cell"
-            raise ConfigError(f"{found}, {expected} in {config_type.__name__}")
-        value = namespace[name]
-        if type(value) is str and parameter.type is not str:
-            raise _mismatch(parameter, value)
-        values[name] = convert_value(parameter, value)
-    required = (n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
-    if missing := [name for name in required if name not in values]:
-        raise ConfigError(f"the parameters cell lacks {', '.join(missing)}")
+    values = {name: _absolute(name, namespace[name]) for name in _last_declared(namespace) if name not in beside}
+    known = [field.name for field in fields(config_type)]
+    if unknown := [name for name in values if name not in known]:
+        hint = nearest(unknown[0], known)
+        raise ConfigError(f"the parameters cell has {unknown[0]!r}, {config_type.__name__} has no such field; {hint}")
     return config_type(**values)
 
 
@@ -447,22 +409,15 @@ def _absolute(name: str, value: Any) -> Any:
     return os.path.abspath(path)
 
 
-def _read_line(node: ast.stmt, help_text: str) -> Parameter:
-    line = ast.unparse(node)
-    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-        raise ConfigError(f"{line!r} is not of the form `name: type = literal  # help`")
+def _read_line(node: ast.stmt, comment: str) -> Parameter | None:
+    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and comment):
+        return None
     kind = PLAIN_TYPES.get(ast.unparse(node.annotation))
-    if kind is None:
-        raise ConfigError(f"{line!r} has no plain type ({', '.join(PLAIN_TYPES)})")
     try:
         default = ast.literal_eval(node.value)
     except ValueError:
-        raise ConfigError(f"{line!r} has an expression for a default; expected a literal") from None
-    if type(default) is not kind:
-        raise ConfigError(f"{line!r} has a default of type {type(default).__name__}")
-    if not help_text:
-        raise ConfigError(f"{line!r} has no help comment on its (last) line")
-    return Parameter(node.target.id, kind, default, help_text)
+        return None
+    return Parameter(node.target.id, kind, default, comment) if type(default) is kind else None
 
 
 def _from_text(kind: type, text: str, parameter: Parameter) -> Any:
@@ -480,20 +435,23 @@ def _mismatch(parameter: Parameter, value: Any) -> ConfigError:
     return ConfigError(f"{found}, expected {wanted}: {parameter.help}")
 
 
-def _last_declared(namespace: Mapping[str, Any]) -> dict[str, Parameter]:
+def _last_declared(namespace: Mapping[str, Any]) -> Iterable[str]:
     for source in reversed(namespace.get("In", [])):
         try:
             if declared := read_parameters(source):
                 return declared
         except ConfigError:
             continue  # a cell of another kind
-    # nbval runs cells without history, so that `In` stays empty; the types of the declared names remain.
+    # nbval runs cells without history, so that `In` stays empty.
     if annotations := namespace.get("__annotations__"):
-        return {name: Parameter(name, kind, namespace[name], "") for name, kind in annotations.items()}
+        return annotations
     raise ConfigError("no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)")
 
 
-@dataclass(frozen=True)
+Scale = Literal["tiny", "small", "standard", "large"]
+
+
+@checked
 class ModelParameters:
     """What a notebook can say of the model of a weight file that does not record it; "" and 0 are not said."""
 
@@ -510,70 +468,44 @@ class ModelParameters:
         return {parameter.name: getattr(self, parameter.name) for parameter in fields(ModelParameters)}
 
 
-@dataclass(frozen=True)
-class EvaluateParameters(ModelParameters):
+@checked
+class SystemParameters(ModelParameters):
+    """What the notebooks that load systems share: the data, empty or -1 for those of the (first) run."""
+
+    dataset: str
+    root: str
+    scale: Literal["", Scale]
+    data_seed: Annotated[int, Field(ge=-1)]
+    split: Literal["train", "val", "test"]
+    queries: Annotated[int, Field(ge=1, le=20)]
+    device: str
+    seed: int
+
+
+@checked
+class EvaluateParameters(SystemParameters):
     """Parameters of `notebooks/04_evaluate.ipynb`, checked."""
 
     run: str
-    dataset: str
-    root: str
-    scale: str
-    data_seed: int
-    split: str
     sentence: str
     folder: str
-    queries: int
-    phrases: int
-    counterfactuals: int
-    device: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        if self.phrases < 0:
-            raise ConfigError(f"phrases is {self.phrases}; expected 0 (none) or more")
-        if self.counterfactuals < 0:
-            raise ConfigError(f"counterfactuals is {self.counterfactuals}; expected 0 (none) or more")
-        _require_data(self)
-        if not 1 <= self.queries <= 20:
-            raise ConfigError(f"queries is {self.queries}; expected 1 to 20 pictures a grid")
+    phrases: Annotated[int, Field(ge=0)]
+    counterfactuals: Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class VisualiseParameters(ModelParameters):
+@checked
+class VisualiseParameters(SystemParameters):
     """Parameters of `notebooks/06_visualise.ipynb`, checked."""
 
     runs: list
-    dataset: str
-    root: str
-    scale: str
-    data_seed: int
-    split: str
-    phrases: int
+    phrases: Annotated[int, Field(ge=1, le=12)]
     positions: list
-    queries: int
     results: str
-    device: str
-    seed: int
 
     def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        _require_data(self)
-        if not 1 <= self.phrases <= 12:
-            raise ConfigError(f"phrases is {self.phrases}; expected 1 to 12, a column of pictures each")
-        if not 1 <= self.queries <= 20:
-            raise ConfigError(f"queries is {self.queries}; expected 1 to 20, a figure each")
+        """Check that there is the results folder; raises ConfigError."""
         if self.results:
             require_results(self.results)
-
-
-def _require_data(chosen: EvaluateParameters | VisualiseParameters) -> None:
-    if chosen.split not in _SPLITS:
-        raise ConfigError(f"split is {chosen.split!r}; expected one of {', '.join(_SPLITS)}")
-    if chosen.scale not in ("", *SCALES):
-        raise ConfigError(f"scale is {chosen.scale!r}; expected one of {', '.join(SCALES)}, or empty for the run's")
-    if chosen.data_seed < -1:
-        raise ConfigError(f"data_seed is {chosen.data_seed}; expected 0 or more, or -1 for the run's")
 
 
 def require_results(folder: str) -> None:
@@ -582,23 +514,16 @@ def require_results(folder: str) -> None:
         raise ConfigError(f"{folder} is no folder; expected one with a folder a run, as `make study` writes")
 
 
-@dataclass(frozen=True)
+@checked
 class DataParameters:
     """Parameters of `notebooks/01_data.ipynb`, checked."""
 
     dataset: str
     root: str
-    scale: str
-    seed: int
+    scale: Scale
+    seed: Annotated[int, Field(ge=0)]
     drop_empty_captions: bool
     decode: bool
-
-    def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        if self.scale not in SCALES:
-            raise ConfigError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_forbidden_state_is_found():
 
     assert "some cells have" in broken(lambda n: n.cells[0].update(execution_count=None))
     assert "0 cells are tagged" in broken(lambda n: n.cells[0].metadata.update(tags=[]))
-    assert "no plain type" in broken(lambda n: n.cells[0].update(source="size: tuple = (1,)  # pixels"))
+    assert "not of the form" in broken(lambda n: n.cells[0].update(source="size: tuple = (1,)  # pixels"))
     assert "declares nothing" in broken(lambda n: n.cells[0].update(source="# later"))
     assert "raises-exception" in broken(lambda n: n.cells[2].metadata.update(tags=["raises-exception"]))
     asks = {"metadata": {"tags": ["nbval-check-output"]}, "outputs": []}

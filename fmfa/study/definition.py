@@ -5,17 +5,15 @@ The workflow (`Snakefile`) and `make study` (`fmfa.workflow`) read the definitio
 
 import itertools
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, nearest, told
 from fmfa.files import read_json
 
 RUNS = "runs"
@@ -121,7 +119,7 @@ def read_study(config: Mapping[str, Any]) -> Study:
     definition = _checked(config)
     scales, name = definition["scales"], definition["scale"]
     if name not in scales:
-        raise ConfigError(f"no scale {name!r} in study.yml; {_nearest(name, scales)}known are {', '.join(scales)}")
+        raise ConfigError(f"no scale {name!r} in study.yml; {nearest(name, scales)}known are {', '.join(scales)}")
     settings = scales[name]
     rows, crossed = expand_rows(definition["rows"]), settings["cross"]
     select_rows(rows, [settings["baseline"], *settings["shown"], *settings["keep_epochs"], *crossed["rows"]])
@@ -176,7 +174,7 @@ def select_rows(rows: Mapping[str, Row], wanted: str | list[str]) -> list[Row]:
     for word in words:
         if word not in known:
             groups = ", ".join(dict.fromkeys(row.group for row in rows.values()))
-            raise ConfigError(f"no row {word!r} in study.yml; {_nearest(word, known)}known are core, all, {groups}")
+            raise ConfigError(f"no row {word!r} in study.yml; {nearest(word, known)}known are core, all, {groups}")
     return [
         row
         for row in rows.values()
@@ -239,7 +237,8 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         definition = _Definition.model_validate(config).model_dump()
     except ValidationError as error:
-        raise ConfigError(_told(error)) from None
+        place = "study.yml, " * (error.errors()[0]["loc"][0] in ("rows", "scales", "roots", "seconds"))
+        raise ConfigError(place + told(error)) from None
     definition["datasets"] = [_canonical(name) for name in definition["datasets"]]
     roots = {_canonical(name): root for name, root in definition["roots"].items()}
     known = {*roots, *definition["datasets"]}
@@ -261,25 +260,6 @@ def _canonical(name: str) -> str:
     from fmfa.data.annotations import canonical_name
 
     return canonical_name(name)
-
-
-def _told(error: ValidationError) -> str:
-    """One sentence for the first thing that is wrong."""
-    first, *others = error.errors(include_url=False)
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    told = {
-        "missing": "missing",
-        "extra_forbidden": "unknown name",
-        "string_pattern_mismatch": "only letters, digits and _ . = + - make a name",
-    }.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "should"))
-    found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {reprlib.repr(first['input'])}"
-    where = "study.yml, " if first["loc"] and first["loc"][0] in ("rows", "scales", "roots", "seconds") else ""
-    return f"{where}{place}: {told}{found}" + (f" (and {len(others)} more)" if others else "")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 def _fill(value: Any, point: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import which_dataset
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, checked
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, shuffle_captions
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, read_json, said_plainly, whole_file, write_json
@@ -434,7 +434,7 @@ def read_rows(results: str | Path, split: str, kind: str = "") -> Rows:
     return Rows(runs, starts, folders)
 
 
-@dataclass(frozen=True)
+@checked
 class CompareParameters:
     """Parameters of `notebooks/05_ablation.ipynb`, checked."""
 
