@@ -33,7 +33,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
 def test_what_is_reopened_goes_to_the_device_that_is_asked_for(tiny, tmp_path, monkeypatch):
     config = TrainConfig(method="clip", root=str(tiny.images.parent), epochs=1, batch_size=96, device="cpu")
     run = run_training(config, tmp_path / "clip-0")
-    monkeypatch.setattr("fmfa.devices.choose_device", lambda name: torch.device({"auto": "meta"}.get(name, name)))
+    monkeypatch.setattr("fmfa.systems.choose_device", lambda name: torch.device({"auto": "meta"}.get(name, name)))
     for name, expected in (("cpu", "cpu"), ("auto", "meta")):
         for system in (load_system(run, name), load_start(run, tiny, name)):
             assert {p.device.type for p in system.model.parameters()} == {expected}

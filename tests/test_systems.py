@@ -117,7 +117,7 @@ def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_pa
     def opens(name, root, *, scale, seed, **others):
         opened.append((name, root, scale, seed))
 
-    monkeypatch.setattr("fmfa.data.datasets.open_dataset", opens)
+    monkeypatch.setattr("fmfa.systems.open_dataset", opens)
     run = run_of(tmp_path / "run", dataset="SimPEDES-station", scale="tiny", data_seed=3)
     for named in ({}, {"scale": "standard"}, {"dataset": "simpedes_street"}, {"root": "/r"}):
         open_test_data([run], **named)
@@ -501,7 +501,7 @@ def test_weights_that_open_clip_knows_are_named_with_their_model(monkeypatch):
     def offline(*_, **__):
         raise OSError("network unreachable")
 
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    monkeypatch.setattr("fmfa.models.weights.download_pretrained", offline)
     with pytest.raises(CheckpointError, match=r"'openai' of 'ViT-B-32-quickgelu' cannot be fetched.*unreachable"):
         load_system("/home/me/ViT-B-32-quickgelu/openai", dataset="CUHK-PEDES")  # as a notebook takes it
     for name in ("ViT-B-1666/openai", "runs/nothing", "irra.pth"):

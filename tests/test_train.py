@@ -176,7 +176,7 @@ def test_processes_at_different_steps_are_refused(unlaunched, tmp_path):
     loop.progress = type("Progress", (), {"step": 4})
     loop._agree()
     others = torch.tensor([4, 0])  # another process found no checkpoint
-    unlaunched.setattr("fmfa.models.distributed.largest", lambda own: torch.maximum(own, others))
+    unlaunched.setattr("fmfa.training.loop.largest", lambda own: torch.maximum(own, others))
     with pytest.raises(TrainingError, match="at steps 0 to 4, this one at 4; the run folder must be one"):
         loop._agree()
 

@@ -245,7 +245,7 @@ def test_a_hub_backbone_without_a_network_names_the_way_out(monkeypatch):
     def offline(name):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("open_clip.get_model_config", offline)
+    monkeypatch.setattr("fmfa.models.backbone.get_model_config", offline)
     with pytest.raises(ConfigError, match=r"no route to host.*Without a network, give a JSON file"):
         ClipRetriever("hf-hub:someone/something")
 
