@@ -506,13 +506,11 @@ def _parse_csv(text: str, file: Path) -> list[dict]:
     return [dict(zip(header, row)) for row in body]
 
 
-def data_fingerprint(dataset: Dataset, sample: int = 64) -> str:
-    """SHA-256 (hex) over the table's image, identity, split and caption columns and some pictures' bytes.
+def data_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 (hex) over the table's image, identity, split and caption columns and the bytes of 64 pictures.
 
-    Args:
-        dataset: what is trained on.
-        sample: how many pictures are read, evenly spaced over the sorted paths; a missing file counts as
-            such, so that the fingerprint exists for any data set.
+    These are evenly spaced over the sorted paths; a missing file counts as such, so that the fingerprint exists for any
+    data set.
     """
     digest = hashlib.sha256()
     for column in ("image", "identity", "split", "caption"):
@@ -521,7 +519,7 @@ def data_fingerprint(dataset: Dataset, sample: int = 64) -> str:
         for value in values:
             digest.update(len(value).to_bytes(8, "little") + value)
     paths = sorted(set(dataset.table["image"]))
-    for index in np.unique(np.linspace(0, len(paths) - 1, min(sample, len(paths))).astype(int)):
+    for index in np.unique(np.linspace(0, len(paths) - 1, min(64, len(paths))).astype(int)):
         file = Path(dataset.images) / paths[index]
         content = file.read_bytes() if file.is_file() else b"missing"
         digest.update(hashlib.sha256(content).digest())

@@ -72,12 +72,10 @@ def open_dataset(
     return with_phrase_spans(dataset) if spans else dataset
 
 
-def with_phrase_spans(dataset: Dataset, split: str = "train") -> Dataset:
-    """The data set with the column `spans`: character spans [start, end) of every phrase of a caption.
+def with_phrase_spans(dataset: Dataset) -> Dataset:
+    """The data set with the column `spans`: character spans [start, end) of every phrase of a training caption.
 
-    Args:
-        dataset: SimPEDES, whose truth files say where each phrase stands.
-        split: whose captions get theirs; the column is None elsewhere.
+    The column is None for other captions.
 
     Raises:
         ConfigError: another data set.
@@ -91,15 +89,15 @@ def with_phrase_spans(dataset: Dataset, split: str = "train") -> Dataset:
         )
     known = {
         (record["file_path"], caption["text"]): [(phrase["start"], phrase["end"]) for phrase in caption["phrases"]]
-        for record in read_truth(root, split)
+        for record in read_truth(root, "train")
         for caption in record["captions"]
     }
     table = dataset.table
-    chosen = table["split"] == split
+    chosen = table["split"] == "train"
     keys = list(zip(table["image"], table["caption"]))
     if lost := [key for key, wanted in zip(keys, chosen) if wanted and key not in known]:
         raise AnnotationError(
-            f"{root}: the truth files lack {len(lost):,} captions of {split}, the first {lost[0][1]!r} of "
+            f"{root}: the truth files lack {len(lost):,} captions of train, the first {lost[0][1]!r} of "
             f"{lost[0][0]}; annotations and truth are of different data: make the data set again"
         )
     spans = pd.Series([known.get(key) if wanted else None for key, wanted in zip(keys, chosen)], table.index, object)

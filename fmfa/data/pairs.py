@@ -212,9 +212,7 @@ class PairDataset(Dataset):
         return pictures
 
 
-def make_loader(
-    dataset: PairDataset, batches: EpochBatches, *, workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0) -> DataLoader:
     """A loader of the dataset's batches that draws nothing from torch's default generator.
 
     The batches are the same for any number of worker processes, which live on between epochs. Call
@@ -226,7 +224,6 @@ def make_loader(
         collate_fn=dataset.collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
         generator=torch.Generator(),
     )
 

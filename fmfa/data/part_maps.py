@@ -19,14 +19,13 @@ from fmfa.text.levels import swap_sides, swapped_span
 class PartMaps:
     """Part maps and phrase parts of the rows of a caption table. Parts are positions in `canvas.PARTS`."""
 
-    def __init__(self, table: pd.DataFrame, images: str | Path, tokenizer: Tokenizer, *, split: str = "train") -> None:
+    def __init__(self, table: pd.DataFrame, images: str | Path, tokenizer: Tokenizer) -> None:
         """Read the truth beside the pictures; the maps stay in memory, a byte a pixel.
 
         Args:
-            table: one row a caption; `image` and `caption` are used.
+            table: of the split "train", one row a caption; `image` and `caption` are used.
             images: folder of the pictures.
             tokenizer: of the captions.
-            split: of the data set.
 
         Raises:
             ConfigError: the data set is no SimPEDES.
@@ -40,14 +39,14 @@ class PartMaps:
             )
         self._tokenizer = tokenizer
         self._images, self._captions = table["image"].tolist(), table["caption"].tolist()
-        self._maps = read_parts(root, split)
+        self._maps = read_parts(root, "train")
         phrases = {
             (record["file_path"], caption["text"]): [
                 ((phrase["start"], phrase["end"]), PARTS.index(phrase["part"]))
                 for phrase in caption["phrases"]
                 if phrase["part"] in PARTS  # "person" is the whole picture's subject, no part
             ]
-            for record in read_truth(root, split)
+            for record in read_truth(root, "train")
             for caption in record["captions"]
         }
         rows = list(zip(self._images, self._captions))

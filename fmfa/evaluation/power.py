@@ -6,6 +6,7 @@ import numpy as np
 from scipy import optimize, stats
 
 MOST_SEEDS = 10_000
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -102,28 +103,24 @@ def power(difference: float, components: Components, seeds: int, identities: flo
     return float((found * weights).sum() / 2)
 
 
-def smallest_difference(
-    components: Components, seeds: int, identities: float, queries: float, wanted: float = 0.8
-) -> float:
-    """Smallest true difference that is found at 5 % with the probability `wanted`; arguments as in `power`."""
+def smallest_difference(components: Components, seeds: int, identities: float, queries: float) -> float:
+    """Smallest true difference that is found at 5 % with a probability of 80 %; arguments as in `power`."""
     high = np.sqrt(components.seed + components.identity + components.query + components.seed_identity)
     high = max(high, np.sqrt(components.seed_query))
     if high == 0:
         return 0.0
-    while power(high, components, seeds, identities, queries) < wanted:
+    while power(high, components, seeds, identities, queries) < POWER:
         high *= 2
     return float(
-        optimize.brentq(lambda value: power(value, components, seeds, identities, queries) - wanted, 0, high, rtol=1e-6)
+        optimize.brentq(lambda value: power(value, components, seeds, identities, queries) - POWER, 0, high, rtol=1e-6)
     )
 
 
-def seeds_needed(
-    difference: float, components: Components, identities: float, queries: float, wanted: float = 0.8
-) -> int | None:
-    """Fewest seeds that find a true difference with the probability `wanted`; None where 10,000 do not."""
+def seeds_needed(difference: float, components: Components, identities: float, queries: float) -> int | None:
+    """Fewest seeds that find a true difference with a probability of 80 %; None where 10,000 do not."""
 
     def enough(seeds: int) -> bool:
-        return power(difference, components, seeds, identities, queries) >= wanted
+        return power(difference, components, seeds, identities, queries) >= POWER
 
     if not enough(MOST_SEEDS):
         return None

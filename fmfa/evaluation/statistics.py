@@ -13,6 +13,8 @@ from statsmodels.stats.multitest import multipletests
 
 # SciPy resamples in batches of this many numbers, so that 5,000 identities do not fill the memory.
 BATCH_ELEMENTS = 2**22
+RESAMPLES = 2000  # of a bootstrap
+LEVEL = 0.95  # of every interval, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,9 @@ def bootstrap_interval(
     identity: np.ndarray,
     generator: np.random.Generator,
     *,
-    resamples: int = 2000,
-    level: float = 0.95,
+    resamples: int = RESAMPLES,
 ) -> Interval:
-    """Mean over queries with the percentile bootstrap interval over identities (cluster bootstrap).
+    """Mean over queries with the 95 % percentile bootstrap interval over identities (cluster bootstrap).
 
     Identities are drawn with replacement, each with all of its queries; SciPy does the resampling.
 
@@ -44,7 +45,6 @@ def bootstrap_interval(
         identity: integers [Q].
         generator: source of the resampling.
         resamples: bootstrap samples.
-        level: confidence level.
 
     Raises:
         ValueError: lengths differ, or no value is left.
@@ -52,7 +52,7 @@ def bootstrap_interval(
     sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64)[None], identity)
     estimate = sums.sum() / counts.sum()
     means = resampled_means(sums[0], counts, generator, resamples)
-    return Interval(float(estimate), *_quantiles(means, level))
+    return Interval(float(estimate), *_quantiles(means, LEVEL))
 
 
 def hierarchical_interval(
@@ -60,10 +60,9 @@ def hierarchical_interval(
     identity: np.ndarray,
     generator: np.random.Generator,
     *,
-    resamples: int = 2000,
-    level: float = 0.95,
+    resamples: int = RESAMPLES,
 ) -> Interval:
-    """Mean over seeds and queries with an interval over both training seeds and identities.
+    """Mean over seeds and queries with a 95 % interval over both training seeds and identities.
 
     Identities are resampled as in `bootstrap_interval`, for the mean over seeds. Seeds are not resampled:
     with the three to five that a study can afford, their bootstrap gives intervals that are much too short.
@@ -77,7 +76,6 @@ def hierarchical_interval(
         identity: integers [Q].
         generator: source of the resampling.
         resamples: bootstrap samples.
-        level: confidence level.
 
     Raises:
         ValueError: shapes do not fit, or no value is left.
@@ -85,18 +83,17 @@ def hierarchical_interval(
     sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64), identity)
     seed_means = sums.sum(axis=1) / counts.sum()
     means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
-    return interval_over_seeds(means, seed_means, level)
+    return interval_over_seeds(means, seed_means, LEVEL)
 
 
-def further_run(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Where the mean over the same queries of one further training of a row would lie (prediction interval).
+def further_run(values: np.ndarray) -> tuple[float, float]:
+    """Where the mean over the same queries of one further training of a row would lie (95 % prediction interval).
 
     Student's t around the mean of the S seeds' means, S - 1 degrees of freedom, with the spread of one run beside that
     of the mean. A single run of another row outside of it differs by more than another seed explains.
 
     Args:
         values: float [S, Q]; a query with NaN in any row is left out.
-        level: of the interval.
 
     Returns:
         Its ends; NaN with one seed.
@@ -104,7 +101,7 @@ def further_run(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     means = values[:, ~np.isnan(values).any(axis=0)].mean(axis=1)
     if len(means) < 2:
         return np.nan, np.nan
-    reach = stats.t.isf((1 - level) / 2, len(means) - 1) * means.std(ddof=1) * np.sqrt(1 + 1 / len(means))
+    reach = stats.t.isf((1 - LEVEL) / 2, len(means) - 1) * means.std(ddof=1) * np.sqrt(1 + 1 / len(means))
     return float(means.mean() - reach), float(means.mean() + reach)
 
 
@@ -113,17 +110,17 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)
 
 
-def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> np.ndarray:
-    """Confidence levels at which the intervals of one family agree with Holm's method at `alpha`.
+def holm_levels(p_values: Sequence[float]) -> np.ndarray:
+    """Confidence levels at which the intervals of one family agree with Holm's method at alpha = 5 %.
 
     Of m comparisons that with the k-th smallest p value is tested at alpha / (m - k + 1), until the first that is not
     rejected; all further ones have that one's level. An interval at 1 minus this leaves zero out just where
-    `holm(p_values) <= alpha`. Each interval has its own level; only the widest, at 1 - alpha / m for all, would
+    `holm(p_values) <= 0.05`. Each interval has its own level; only the widest, at 1 - alpha / m for all, would
     cover all differences at once with probability 1 - alpha (Bonferroni).
     """
     p_values = np.asarray(p_values, dtype=np.float64)
     order, steps = np.argsort(p_values, kind="stable"), np.arange(len(p_values))
-    tested = alpha / (len(p_values) - steps)
+    tested = 0.05 / (len(p_values) - steps)
     rejected = np.logical_and.accumulate(p_values[order] <= tested).sum()
     levels = np.empty(len(p_values))
     levels[order] = 1 - tested[np.minimum(steps, min(rejected, len(steps) - 1))] if len(steps) else []
@@ -254,8 +251,7 @@ def compare_rows(
     identity: np.ndarray,
     generator: np.random.Generator,
     *,
-    resamples: int = 2000,
-    level: float = 0.95,
+    resamples: int = RESAMPLES,
 ) -> RowComparison:
     """Compare two rows of a study over training seeds and identities, on the same queries.
 
@@ -263,7 +259,7 @@ def compare_rows(
 
     `p_value`: *the expected difference, over trainings with other seeds and over other identities, is zero.* It comes
     from the sampling distribution of `hierarchical_interval` for the differences (bootstrap over identities plus
-    Student's t over seeds): twice its smaller share beyond zero, so that it is below 1 - `level` just where the
+    Student's t over seeds): twice its smaller share beyond zero, so that it is below 5 % just where the 95 %
     interval leaves zero out. Where seeds differ much it is the t test of the seeds'
     mean differences; where they differ little and are few it is conservative, as tests of the Behrens-Fisher kind
     are. A pure permutation of seeds could not reach 5 % with fewer than six.
@@ -279,7 +275,6 @@ def compare_rows(
         identity: integers [Q].
         generator: source of the bootstrap, then of the permutations.
         resamples: bootstrap samples; five times as many permutations.
-        level: confidence level of the difference's interval.
 
     Raises:
         ValueError: shapes do not fit, or no value is left.
@@ -293,7 +288,7 @@ def compare_rows(
     seed_means, average = sums.sum(axis=1) / counts.sum(), sums.mean(axis=0)
     means = resampled_means(average, counts, generator, resamples)
     return RowComparison(
-        difference=interval_over_seeds(means, seed_means, level),
+        difference=interval_over_seeds(means, seed_means, LEVEL),
         p_value=_p_over_seeds(means, seed_means),
         p_networks=sign_flip_test(average, generator, 5 * resamples),
         effect_size=paired_effect_size(average / counts),

@@ -15,6 +15,7 @@ from fmfa.analysis.grounding import ALL, part_masks
 from fmfa.analysis.maps import GRADIENT, MAPS, PatchGrid, patch_grid, phrase_maps
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import load_image, resolve_image
+from fmfa.plots.retrieval import framed
 from fmfa.systems import System
 
 OUTLINE = "#00e5ff"  # of the true part; stands out from grey and from every tone of the maps
@@ -168,13 +169,13 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
             axis.set_axis_off()
         record = strip[0].site.record
         _write_caption(text, strip)
-        _show(original, np.asarray(load_image(dataset.images / record["file_path"])), "0.6",
-              f"original\nsimilarity\n{before[id(strip[0])]:.3f}")  # fmt: skip
+        title = f"original\nsimilarity\n{before[id(strip[0])]:.3f}"
+        framed(original, dataset.images / record["file_path"], title)
         for axis, made, colour in zip(places, strip, COLOURS):
             change = after[id(made)] - before[id(made)]
             mark = "✓" if change < 0 else "✗" if change > 0 else "="
             name = made.attribute.replace("_", " ")
-            _show(axis, made.changed, colour, f"{name}:\n{made.value}\n{after[id(made)]:.3f} {mark}")
+            framed(axis, made.changed, f"{name}:\n{made.value}\n{after[id(made)]:.3f} {mark}", colour)
     return figure
 
 
@@ -218,16 +219,6 @@ def _write_caption(axis: Axes, strip: list[Counterfactual]) -> None:
             axis.annotate(shown, (0, 0.9), xytext=(0, -14 * number), xycoords="axes fraction", fontsize=9,
                           textcoords="offset points", va="baseline", family="monospace", parse_math=False,
                           **style)  # fmt: skip
-
-
-def _show(axis: Axes, picture: np.ndarray, colour: str, title: str) -> None:
-    axis.set_axis_on()
-    axis.grid(False)
-    axis.imshow(picture)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=8, color="black" if colour == "0.6" else colour)
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=colour, linewidth=2.5)
 
 
 def plot_counterfactual(table: pd.DataFrame) -> Figure:

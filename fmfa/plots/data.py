@@ -89,10 +89,11 @@ def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
-def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0, columns: int = 4) -> Figure:
+def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0) -> Figure:
     """Show pictures drawn at random from a split, each with its first caption."""
     rows = dataset.split(split).drop_duplicates("image")
     rows = rows.sample(min(count, len(rows)), random_state=np.random.default_rng(seed))
+    columns = 4
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(lines, 2 * columns, figsize=(13, 2.6 * lines), width_ratios=[1, 2] * columns,
                                 squeeze=False, layout="constrained")  # fmt: skip
@@ -107,10 +108,10 @@ def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0, 
     return figure
 
 
-def plot_part_maps(root: str | Path, split: str, count: int = 10, seed: int = 0) -> Figure:
-    """Show SimPEDES pictures above their true part maps."""
+def plot_part_maps(root: str | Path, split: str, seed: int = 0) -> Figure:
+    """Show ten SimPEDES pictures above their true part maps."""
     maps = read_parts(root, split)
-    paths = np.random.default_rng(seed).choice(list(maps), size=min(count, len(maps)), replace=False)
+    paths = np.random.default_rng(seed).choice(list(maps), size=min(10, len(maps)), replace=False)
     figure, axes = plt.subplots(2, len(paths), figsize=(1.15 * len(paths) + 1.6, 6.4), layout="constrained")
     colours = ListedColormap(PART_COLOURS)
     for column, path in enumerate(paths):
@@ -139,12 +140,9 @@ def plot_attributes(root: str | Path, split: str) -> Figure:
     return figure
 
 
-def plot_families(root: str | Path, split: str, count: int = 5) -> Figure:
-    """Show families of look-alikes side by side, with the attributes in which they differ."""
-    families: dict[str, dict[int, dict]] = {}
-    for record in read_truth(root, split):
-        families.setdefault(record["family"], {}).setdefault(record["id"], record)
-    chosen = [list(f.values()) for f in families.values() if len(f) > 1][:count]
+def plot_families(root: str | Path, split: str) -> Figure:
+    """Show five families of look-alikes side by side, with the attributes in which they differ."""
+    chosen = [family for family in _families(root, split) if len(family) > 1][:5]
     size = max(map(len, chosen))
     figure, axes = plt.subplots(1, len(chosen) * size, figsize=(1.35 * len(chosen) * size, 4.4), layout="constrained")
     for axis in axes:
@@ -153,21 +151,29 @@ def plot_families(root: str | Path, split: str, count: int = 5) -> Figure:
         for j, record in enumerate(family):
             axes[k * size + j].imshow(load_image(Path(root) / "imgs" / record["file_path"]), interpolation="nearest")
             axes[k * size + j].set_title(f"id {record['id']}", fontsize=8)
-        differing = sorted({n for a, b in combinations(family, 2) for n in ATTRIBUTES
-                            if a["attributes"][n] != b["attributes"][n]})  # fmt: skip
+        differing = sorted({name for a, b in combinations(family, 2) for name in _differing(a, b)})
         lines = [f"{n}: " + " / ".join(r["attributes"][n] for r in family) for n in differing]
         axes[k * size].text(0, -0.06, "\n".join(textwrap.fill(line, 30) for line in lines), va="top", fontsize=7,
                             transform=axes[k * size].transAxes)  # fmt: skip
     return figure
 
 
-def family_differences(root: str | Path, split: str) -> pd.DataFrame:
-    """Return how often look-alikes differ in each attribute (share of pairs, %)."""
+def _families(root: str | Path, split: str) -> list[list[dict]]:
+    """By family, the truth of the first picture of each of its people."""
     families: dict[str, dict[int, dict]] = {}
     for record in read_truth(root, split):
-        families.setdefault(record["family"], {})[record["id"]] = record["attributes"]
-    pairs = [pair for family in families.values() for pair in combinations(family.values(), 2)]
-    counts = Counter(name for a, b in pairs for name in ATTRIBUTES if a[name] != b[name])
+        families.setdefault(record["family"], {}).setdefault(record["id"], record)
+    return [list(family.values()) for family in families.values()]
+
+
+def _differing(first: dict, second: dict) -> list[str]:
+    return [name for name in ATTRIBUTES if first["attributes"][name] != second["attributes"][name]]
+
+
+def family_differences(root: str | Path, split: str) -> pd.DataFrame:
+    """Return how often look-alikes differ in each attribute (share of pairs, %)."""
+    pairs = [pair for family in _families(root, split) for pair in combinations(family, 2)]
+    counts = Counter(name for a, b in pairs for name in _differing(a, b))
     table = pd.DataFrame(counts.most_common(), columns=["attribute", "pairs"])
     return table.assign(share=(100 * table["pairs"] / max(len(pairs), 1)).round(1)).rename(
         columns={"share": "share (%)"}

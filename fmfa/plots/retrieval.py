@@ -1,7 +1,7 @@
 """Figures of training and of retrieval: curves, ranks, pictures found, and errors by attribute."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -87,14 +87,9 @@ def plot_asdm_weights(run_folder: str | Path) -> Figure | None:
         return None
     figure, panels = _panels(2)
     for axis, suffix, title in zip(panels, ("", "_max"), ("mean of a batch", "largest of a batch"), strict=True):
-        for name, colour, marker in (("text", "C0", "o"), ("image", "C1", "s")):
-            curve = table[table["metric"] == f"asdm_weight_{name}{suffix}"]
-            axis.plot(
-                curve["epoch"], curve["value"], color=colour, label=f"{name} as query", **_marked(len(curve), marker)
-            )
-        axis.set(title=title, xlabel="epoch", ylabel="A-SDM weight (1 = plain SDM)")
-        axis.locator_params(axis="x", integer=True)
-        axis.legend(fontsize=8)
+        curves = {f"{name} as query": f"asdm_weight_{name}{suffix}" for name in ("text", "image")}
+        _by_epoch(axis, table, curves, "A-SDM weight (1 = plain SDM)")
+        axis.set_title(title)
     return figure
 
 
@@ -105,14 +100,20 @@ def plot_pair_similarities(run_folder: str | Path) -> Figure | None:
     if table.empty:
         return None
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, colour, marker in (("matched", "C0", "o"), ("unmatched", "C1", "s")):
-        curve = table[table["metric"] == f"cosine_{name}"]
-        axis.plot(curve["epoch"], curve["value"], color=colour, label=f"{name} pairs", **_marked(len(curve), marker))
+    curves = {f"{name} pairs": f"cosine_{name}" for name in ("matched", "unmatched")}
+    _by_epoch(axis, table, curves, "cosine, mean over training batches")
     axis.set_title(Path(run_folder).name, parse_math=False)
-    axis.set(xlabel="epoch", ylabel="cosine, mean over training batches")
+    return figure
+
+
+def _by_epoch(axis: Axes, table: pd.DataFrame, curves: Mapping[str, str], label: str) -> None:
+    """Two curves by epoch, `curves` from their names in the legend to those in the column `metric`."""
+    for place, (name, metric) in enumerate(curves.items()):
+        curve = table[table["metric"] == metric]
+        axis.plot(curve["epoch"], curve["value"], color=f"C{place}", label=name, **_marked(len(curve), "os"[place]))
+    axis.set(xlabel="epoch", ylabel=label)
     axis.locator_params(axis="x", integer=True)
     axis.legend(fontsize=8)
-    return figure
 
 
 def plot_cmc(evaluation: Evaluation, max_rank: int = 20) -> Figure:
@@ -164,12 +165,12 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
     for (text, wanted, *places), query in zip(lines, queries, strict=True):
         row, rank = evaluation.rows.iloc[query], evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         _write(text, f"identity {row['identity']}, first hit at rank {rank}", row["caption"])
-        _picture(wanted, resolve_image(images, row["image"]), "wanted", "0.6")
+        framed(wanted, resolve_image(images, row["image"]), "wanted")
         matches = evaluation.top_matches(query, k).itertuples(index=False)
         for rank, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
             title = f"{mark} {rank}\nid {match.identity}"
-            _picture(axis, resolve_image(images, match.image), title, colour)
+            framed(axis, resolve_image(images, match.image), title, colour)
     return figure
 
 
@@ -182,7 +183,7 @@ def folder_grid(matches: pd.DataFrame, folder: str | Path, sentence: str = "", c
         axis.set_axis_off()
     for rank, (axis, match) in enumerate(zip(axes.flat, matches.itertuples(index=False)), start=1):
         name = textwrap.shorten(_plain(Path(match.image).name), 26, placeholder="...")
-        _picture(axis, Path(folder) / match.image, f"{rank}: {match.similarity:.3f}\n{name}", "0.6")
+        framed(axis, Path(folder) / match.image, f"{rank}: {match.similarity:.3f}\n{name}")
     if sentence:
         title = textwrap.fill(_plain(sentence), 22 * columns, max_lines=3, placeholder=" ...")
         figure.suptitle(title, parse_math=False)
@@ -239,9 +240,11 @@ def _chance_cmc(metrics: RankMetrics, max_rank: int) -> np.ndarray:
     return np.average(hit, axis=0, weights=queries)
 
 
-def _picture(axis: Axes, path: Path, title: str, colour: str) -> None:
-    picture = load_image(path)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+def framed(axis: Axes, picture: str | Path | np.ndarray, title: str, colour: str = "0.6") -> None:
+    """Show a picture (a file, or uint8 [H, W, 3]) in a frame under a title of the frame's colour, black over grey."""
+    if not isinstance(picture, np.ndarray):
+        picture = load_image(picture)
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     axis.set_axis_on()
     axis.imshow(picture)
     axis.grid(False)

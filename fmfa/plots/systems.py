@@ -8,15 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
-from fmfa.data.images import load_image, resolve_image
+from fmfa.data.images import resolve_image
 from fmfa.errors import AnnotationError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
-from fmfa.plots.retrieval import HIT, MISS
+from fmfa.plots.retrieval import HIT, MISS, framed
 from fmfa.simpedes.ceiling import told_truly
 from fmfa.simpedes.truth import is_simpedes, read_truth
 
@@ -56,7 +55,7 @@ def plot_side_by_side(
                                  squeeze=False, layout="constrained")  # fmt: skip
     figure.suptitle(textwrap.fill(row["caption"], 125), fontsize=9, parse_math=False)
     for (wanted, *places), (name, evaluation) in zip(lines, evaluations.items()):
-        _picture(wanted, resolve_image(images, row["image"]), "wanted", "0.6")
+        framed(wanted, resolve_image(images, row["image"]), "wanted")
         rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
         for axis in places:
@@ -64,7 +63,7 @@ def plot_side_by_side(
         matches = evaluation.top_matches(query, k).itertuples(index=False)
         for place, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
-            _picture(axis, resolve_image(images, match.image), f"{place} {mark}", colour)
+            framed(axis, resolve_image(images, match.image), f"{place} {mark}", colour)
             if wrong and not match.hit:
                 axis.set_xlabel(wrong[match.identity], fontsize=6.5)
     return figure
@@ -91,34 +90,23 @@ def _contradictions(root: Path, split: str, image: str, caption: str) -> dict[in
     }
 
 
-def _listed(lines: list[str], most: int = 4) -> str:
-    shown = lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+def _listed(lines: list[str]) -> str:
+    shown = lines if len(lines) <= 4 else [*lines[:3], f"and {len(lines) - 3} more"]
     return "\n".join(textwrap.fill(line, 17) for line in shown) or "(all that is\ntold fits)"
 
 
-def _picture(axis: Axes, path: Path, title: str, colour: str) -> None:
-    axis.set_axis_on()
-    axis.imshow(load_image(path))
-    axis.grid(False)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=8, color="black" if colour == "0.6" else colour)
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=colour, linewidth=3)
-
-
-def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0, most: int = 2000) -> Figure:
+def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0) -> Figure:
     """Show the cosines of captions with pictures of their person and of others, one panel a system.
 
     Args:
         evaluations: by the system's name.
-        seed: of the draw of captions.
-        most: captions drawn, each against the whole gallery.
+        seed: of the draw of up to 2,000 captions, each against the whole gallery.
     """
     figure, axes = plt.subplots(1, len(evaluations), figsize=(4.6 * len(evaluations) + 0.6, 3.4), squeeze=False,
                                 sharey=True, layout="constrained")  # fmt: skip
     for axis, (name, evaluation) in zip(axes[0], evaluations.items()):
         total = len(evaluation.rows)
-        chosen = np.random.default_rng(seed).choice(total, min(most, total), replace=False)
+        chosen = np.random.default_rng(seed).choice(total, min(2000, total), replace=False)
         text = F.normalize(evaluation.text_features[torch.from_numpy(chosen)], dim=1)
         cosine = (text @ F.normalize(evaluation.image_features, dim=1).T).numpy()
         own = evaluation.rows["identity"].to_numpy()[chosen][:, None] == evaluation.gallery["identity"].to_numpy()

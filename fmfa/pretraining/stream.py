@@ -92,9 +92,9 @@ def _choose(rng: np.random.Generator, lexicon: dict[str, set[str]], value: str) 
     return fitting[int(rng.random() ** 1.5 * len(fitting))]
 
 
-def _named(person: Person, kind: str, rng: np.random.Generator, colour: float = 0.9) -> str:
+def _named(person: Person, kind: str, rng: np.random.Generator) -> str:
     words = []
-    if kind != "glasses" and rng.random() < colour:
+    if kind != "glasses" and rng.random() < 0.9:
         words.append(_choose(rng, COLOUR_WORDS, getattr(person, f"{kind}_colour")))
     if kind == "top" and person.top_pattern in ("striped", "checked", "dotted") and rng.random() < 0.7:
         words.append(_choose(rng, TYPE_WORDS["top_pattern"], person.top_pattern))

@@ -25,13 +25,13 @@ from fmfa.text.bytepair import (
 )
 
 
-def vocabulary_corpus(seed: int = 0, identities: int = 240, web: int = 4000) -> Iterator[str]:
+def vocabulary_corpus() -> Iterator[str]:
     """Yield captions of training identities of both domains and alt-texts of the stream."""
     for domain in DOMAINS:
-        for record, _, _ in pictures(recipe("standard", domain, seed, images=2), "train", 0, identities):
+        for record, _, _ in pictures(recipe("standard", domain, images=2), "train", 0, 240):
             yield from (caption["text"] for caption in record["captions"])
-    for index in range(web):
-        yield web_pair(seed, index)[1]
+    for index in range(4000):
+        yield web_pair(0, index)[1]
 
 
 def train_small_vocabulary(captions: Iterable[str], size: int, path: str | Path) -> None:

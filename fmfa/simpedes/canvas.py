@@ -102,13 +102,13 @@ class Canvas:
             start_cap = [(ax + oa - ra * (c * dx - s * dy), ay - ra * (c * dy + s * dx)) for c, s in _ROUND]
             self.polygon(end_cap + start_cap, material + shade, depth)
 
-    def solid(self, profile: Profile, material: int, depth: float, shaded: bool = True) -> None:
+    def solid(self, profile: Profile, material: int, depth: float) -> None:
         """Add the silhouette of a stack of elliptic cross-sections, listed from top to bottom."""
         levels = []
         for up, width, thick, offset in profile:
             half = sqrt((width * self._cos) ** 2 + (thick * self._sin) ** 2) * self.unit
             levels.append((*self.project(0.0, offset, up), half))
-        for shade, shrink, move in ((0, 1.0, 0.0), (1, 0.84, 0.14)) if shaded else ((1, 1.0, 0.0),):
+        for shade, shrink, move in ((0, 1.0, 0.0), (1, 0.84, 0.14)):
             right = [(x + h * (shrink + move * self.view.light), y) for x, y, h in levels]
             left = [(x - h * (shrink - move * self.view.light), y) for x, y, h in reversed(levels)]
             self.polygon(right + left, material + shade, depth)

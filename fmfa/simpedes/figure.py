@@ -300,10 +300,10 @@ class _Figure:
             self._box(footprint, top, top - 0.2, cloth, depth)
 
 
-def _ball(centre: float, height: float, width: float, thick: float, offset: float = 0.0, low: int = -90) -> Profile:
+def _ball(centre: float, height: float, width: float, thick: float, low: int = -90) -> Profile:
     """Return an ellipsoid's sections from its top down to `low` degrees."""
     angles = [radians(a) for a in range(90, low - 1, -18)]
-    return [(centre + height * sin(a), max(width * cos(a), 1e-3), max(thick * cos(a), 1e-3), offset) for a in angles]
+    return [(centre + height * sin(a), max(width * cos(a), 1e-3), max(thick * cos(a), 1e-3), 0.0) for a in angles]
 
 
 def draw_head(figure) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 from fmfa.errors import TrainingError
 from fmfa.training.config import TrainConfig
 
+IVT_START, IVT_END = 5e-5, 1e-5  # rates of IVT's schedule before its warm-up and after its last epoch
+
 
 def rate_factor(name: str, factors: str) -> tuple[float, bool]:
     """Learning-rate factor of a parameter, and whether weight decay applies to it.
@@ -92,14 +94,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epo
         group["lr"] = learning_rate(config, epoch, group["factor"])
 
 
-def warmup_cosine(
-    epoch: int, *, epochs: int, warmup_epochs: int = 5, warmup_factor: float = 0.1, final_factor: float = 0.0
-) -> float:
+def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: int = 5, warmup_factor: float = 0.1) -> float:
     """Factor on the base learning rate: linear warm-up, then a cosine that starts where the warm-up ends.
 
     `epoch` counts from 0. Epoch e < `warmup_epochs` has `warmup_factor` + (1 - `warmup_factor`) *
-    e / `warmup_epochs`; epoch `warmup_epochs` has 1; after `epochs` epochs the factor would be
-    `final_factor`. This is the recipe of IRRA and FMFA (60 epochs, 5 of warm-up, from 0.1, down to 0).
+    e / `warmup_epochs`; epoch `warmup_epochs` has 1; after `epochs` epochs the factor would be 0. This is the recipe
+    of IRRA and FMFA (60 epochs, 5 of warm-up, from 0.1, down to 0).
 
     Raises:
         ValueError: `epoch` is negative.
@@ -109,7 +109,7 @@ def warmup_cosine(
     if epoch < warmup_epochs:
         return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
     progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1), 1.0)
-    return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * progress)) / 2
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def ivt_cosine(
@@ -118,13 +118,11 @@ def ivt_cosine(
     base: float,
     epochs: int = 120,
     warmup_epochs: int = 5,
-    warmup_rate: float = 5e-5,
-    final_rate: float = 1e-5,
 ) -> float:
     """Learning rate (not a factor) of IVT's released recipe, for a parameter group with rate `base`.
 
-    `epoch` counts from 0. The warm-up leads linearly from `warmup_rate` to `base`; the cosine's clock runs
-    from epoch 0, not from the end of the warm-up, and ends at `final_rate` after `epochs` epochs, where it
+    `epoch` counts from 0. The warm-up leads linearly from `IVT_START` to `base`; the cosine's clock runs
+    from epoch 0, not from the end of the warm-up, and ends at `IVT_END` after `epochs` epochs, where it
     stays. Start and end are absolute rates, so a bias group of twice the base rate is not twice the curve.
 
     Raises:
@@ -133,7 +131,7 @@ def ivt_cosine(
     if epoch < 0:
         raise ValueError(f"the schedule got epoch {epoch}, expected 0 or more")
     if epoch < warmup_epochs:
-        return warmup_rate + epoch * (base - warmup_rate) / warmup_epochs
+        return IVT_START + epoch * (base - IVT_START) / warmup_epochs
     if epoch >= epochs:
-        return final_rate
-    return final_rate + (base - final_rate) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        return IVT_END
+    return IVT_END + (base - IVT_END) * (1 + math.cos(math.pi * epoch / epochs)) / 2
