@@ -6,7 +6,6 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -16,7 +15,7 @@ from reprlib import repr as short
 import numpy as np
 import pandas as pd
 
-from fmfa.data.images import UNSAFE_PATH, unsafe_path
+from fmfa.data.images import unsafe_path
 from fmfa.errors import AnnotationError, ConfigError
 from fmfa.simpedes.generate import DOMAINS
 from fmfa.simpedes.truth import is_simpedes, read_dataset_record
@@ -113,7 +112,7 @@ def read_dataset(
     file, name = find_annotation(root, name)
     records, file_notes = read_records(file)
     notes = list(file_notes)
-    captions = _one_row_a_caption(_standard_fields(records, file, notes), file)
+    captions = _rows(records, file, notes)
     if drop_empty_captions:
         empty = ~captions["caption"].str.contains(r"\w")
         lost = len(set(captions["image"])) - len(set(captions["image"][~empty]))
@@ -126,106 +125,72 @@ def read_dataset(
     return Dataset(name, folder, table, tuple(notes))
 
 
-def _standard_fields(records: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
+def _rows(records: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
+    """One row per caption: the standard fields, then the file's others; a record without captions has an empty one."""
     derived = [field for field in _DERIVED if field in records]
     if derived:
         notes.append(f"The file's own {' and '.join(derived)} were replaced by what its records say.")
-    fields = {field: _take(records, field, file) for field in _FIELDS}
-    fields["image"] = _clean_paths(fields["image"], file)
-    fields["identity"] = _whole_numbers(fields["identity"], file)
-    fields["split"] = _split_names(fields["split"], file)
-    used = {alias for aliases in _FIELDS.values() for alias in aliases} | set(derived)
+    standard = []
+    for number, record in enumerate(records.to_dict("records")):
+        try:
+            standard.append(_standard_fields(record))
+        except ValueError as error:
+            raise AnnotationError(f"{file}, record {number}: {error}") from None
+    used = {*chain.from_iterable(_FIELDS.values()), *derived}
     extra = records[[field for field in records if field not in used]]
-    return pd.DataFrame({**fields, "record": np.arange(len(records))}).join(extra)
-
-
-def _take(records: pd.DataFrame, field: str, file: Path) -> pd.Series:
-    """The one value that each record gives for a field under any of its names."""
-    present = [alias for alias in _FIELDS[field] if alias in records]
-    names = " or ".join(f"'{alias}'" for alias in _FIELDS[field])
-    if not present:
-        raise AnnotationError(
-            f"{file}: no record has the field {names}; found {', '.join(records)[:200]}. {_ADVICE[field]}"
-        )
-    given = records[present].notna()
-    several = given.sum(axis=1) > 1
-    if several.any():
-        raise AnnotationError(f"{file}, record {several.idxmax()}: has {' and '.join(present)}; keep one of them")
-    values = records[present[0]]
-    for alias in present[1:]:
-        values = values.where(values.notna(), records[alias])
-    if values.isna().any():
-        raise AnnotationError(f"{file}, record {values.isna().idxmax()}: the field {names} is missing or null")
-    return values
-
-
-def _first_wrong(values: pd.Series, parsed: Iterable, file: Path, expected: str) -> None:
-    wrong = next((i for i, value in enumerate(parsed) if value is None), None)
-    if wrong is not None:
-        raise AnnotationError(f"{file}, record {wrong}: found {short(values.iloc[wrong])}, expected {expected}")
-
-
-def _clean_paths(values: pd.Series, file: Path) -> pd.Series:
-    _first_wrong(values, (v if isinstance(v, str) else None for v in values), file, "an image path as text")
-    unsafe = values.str.contains(UNSAFE_PATH)
-    if unsafe.any():
-        record, path = unsafe.idxmax(), values[unsafe.idxmax()]
-        raise AnnotationError(
-            f"{file}, record {record}: the image path {short(path)} {unsafe_path(path)}; "
-            "expected a path relative to the image folder, without '..'"
-        )
-    return values.map(lambda path: posixpath.normpath(path.replace("\\", "/")))
-
-
-def _whole_numbers(values: pd.Series, file: Path) -> pd.Series:
-    def whole(value):
-        if isinstance(value, str):
-            match = _WHOLE.fullmatch(value)
-            value = int(match[1]) if match else None
-        elif isinstance(value, float) and value.is_integer():
-            value = int(value)
-        valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-        return value if valid else None
-
-    parsed = [whole(value) for value in values]
-    _first_wrong(values, parsed, file, "an identity: a whole number from 0 up, as number or text")
-    return pd.Series(parsed, dtype="int64")
-
-
-def _split_names(values: pd.Series, file: Path) -> pd.Series:
-    parsed = [SPLITS.get(value.strip().lower()) if isinstance(value, str) else None for value in values]
-    _first_wrong(values, parsed, file, "a split name: train, val or test")
-    return pd.Series(parsed)
-
-
-def _one_row_a_caption(records: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """Repeat each record for each of its captions; one without any keeps a row, with an empty caption."""
-
-    def listed(value):
-        if isinstance(value, str):
-            return [value]
-        fits = isinstance(value, list) and all(isinstance(caption, str) for caption in value)
-        return (value or [""]) if fits else None
-
-    values = records["caption"]
-    lists = [listed(value) for value in values]
-    _first_wrong(values, lists, file, "a caption, or a list of captions, as text")
-    texts = [text for captions in lists for text in captions]
-    lengths = np.array([len(captions) for captions in lists])
-    rows = np.repeat(np.arange(len(records)), lengths)
-    table = records.take(rows).reset_index(drop=True)
-    table["caption"] = pd.Series(texts)
-    if "processed_tokens" in table:
-        # One token list a caption in the published files: each row gets its own.
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        paired = [
-            isinstance(tokens, list) and list(map(type, tokens)) == [list] * len(captions)
-            for tokens, captions in zip(records["processed_tokens"], lists)
+    table = pd.DataFrame(standard).assign(record=np.arange(len(records))).join(extra)
+    by_caption = ["caption"]
+    if "processed_tokens" in table:  # one list of tokens per caption in the published files, where they fit
+        tokens = zip(table["processed_tokens"], table["caption"])
+        table["processed_tokens"] = [
+            own if isinstance(own, list) and list(map(type, own)) == [list] * len(captions) else [own] * len(captions)
+            for own, captions in tokens
         ]
-        tokens = zip(table["processed_tokens"], within, rows)
-        own = [value[i] if paired[record] else value for value, i, record in tokens]
-        table["processed_tokens"] = pd.Series(own, dtype=object)
-    return table
+        by_caption.append("processed_tokens")
+    table = table.explode(by_caption, ignore_index=True)
+    return table.assign(caption=table["caption"].infer_objects())
+
+
+def _standard_fields(record: dict) -> dict:
+    """Image path, identity, split and captions of a record; ValueError says what is wrong with it."""
+    values = {}
+    for field, aliases in _FIELDS.items():
+        given = [name for name in aliases if (value := record.get(name)) is not None and value == value]
+        if len(given) > 1:
+            raise ValueError(f"has {' and '.join(given)}; keep one of them")
+        if not given:
+            names = " or ".join(f"'{name}'" for name in aliases)
+            others = ", ".join(name for name, value in record.items() if value is not None)[:200]
+            raise ValueError(f"the field {names} is missing or null; found {others}. {_ADVICE[field]}")
+        values[field] = record[given[0]]
+    image, identity, split, captions = values.values()
+    if not isinstance(image, str):
+        raise ValueError(f"found {short(image)}, expected an image path as text")
+    if reason := unsafe_path(image):
+        raise ValueError(
+            f"the image path {short(image)} {reason}; expected a path relative to the image folder, without '..'"
+        )
+    number = _whole_number(identity)
+    if number is None:
+        raise ValueError(f"found {short(identity)}, expected an identity: a whole number from 0 up, as number or text")
+    split_name = SPLITS.get(split.strip().lower()) if isinstance(split, str) else None
+    if split_name is None:
+        raise ValueError(f"found {short(split)}, expected a split name: train, val or test")
+    texts = [captions] if isinstance(captions, str) else captions
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"found {short(captions)}, expected a caption, or a list of captions, as text")
+    path = posixpath.normpath(image.replace("\\", "/"))
+    return {"image": path, "identity": number, "split": split_name, "caption": texts or [""]}
+
+
+def _whole_number(value: object) -> int | None:
+    if isinstance(value, str):
+        match = _WHOLE.fullmatch(value)
+        value = int(match[1]) if match else None
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return value if valid else None
 
 
 def _images_together(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:

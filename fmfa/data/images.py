@@ -26,8 +26,6 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # A marker in a JPEG, without those that stand alone within a scan: stuffed zeros, TEM and RST0 to RST7.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 _JPEG_FIRST, _JPEG_START, _JPEG_END = 0xC0, 0xD8, 0xD9
-UNSAFE_PATH = f"{_OUTSIDE}|{_NAMELESS}"
-"""Regular expression that finds paths which cannot lie in the image folder, for use on whole columns."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

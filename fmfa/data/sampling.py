@@ -65,7 +65,6 @@ class RandomBatches(EpochBatches):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = False,
     ) -> None:
         """Batches of `batch_size` rows (over all processes) out of `rows`.
 
@@ -74,7 +73,6 @@ class RandomBatches(EpochBatches):
             batch_size: rows of a global batch.
             seed: of the order.
             rank, world_size: this process and their number.
-            drop_last: leave out a shorter last batch.
 
         Raises:
             ConfigError: the batch cannot be cut into equal shares, or no full share can be filled.
@@ -83,17 +81,16 @@ class RandomBatches(EpochBatches):
             raise ConfigError(
                 f"batch_size {batch_size} cannot be cut into equal shares for {world_size} processes; give a multiple"
             )
-        if rows < (batch_size if drop_last else world_size):
+        if rows < world_size:
             raise ConfigError(
                 f"{rows} rows do not fill one batch of {batch_size} over {world_size} processes; "
                 "lower the batch size or give more data"
             )
-        self.rows, self.batch_size, self.drop_last = rows, batch_size, drop_last
+        self.rows, self.batch_size = rows, batch_size
         super().__init__(seed, rank, world_size)
 
     def _draw(self, generator: np.random.Generator) -> list[np.ndarray]:
-        unit = self.batch_size if self.drop_last else self.world_size
-        order = generator.permutation(self.rows)[: self.rows // unit * unit]
+        order = generator.permutation(self.rows)[: self.rows // self.world_size * self.world_size]
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
 

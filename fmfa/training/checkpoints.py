@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -167,7 +166,7 @@ def read_state(path: Path) -> Progress:
 
 
 def checked(path: Path, name: str) -> Path:
-    """The file `name` of a checkpoint, after a look at its checksum; checkpoints of earlier versions have none.
+    """The file `name` of a checkpoint, after a look at its checksum.
 
     Raises:
         CheckpointError: the file is missing, or is not as it was written.
@@ -176,7 +175,7 @@ def checked(path: Path, name: str) -> Path:
     file = path / name
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; {_advice(path.parent)}")
-    if checksums is not None and (found := _file_checksum(file)) != checksums.get(name):
+    if (found := _file_checksum(file)) != checksums.get(name):
         raise CheckpointError(
             f"{file} is damaged: its SHA-256 begins with {found[:12]}, expected {str(checksums.get(name))[:12]} as in "
             f"{STATE}; {_advice(path.parent)}"
@@ -221,20 +220,8 @@ def read_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.a
 
 
 def kept_metrics(path: Path) -> bytes:
-    """The content of the metrics file at a checkpoint; of one of an earlier version the beginning of the run's own.
-
-    Raises:
-        CheckpointError: a part of it is lost.
-    """
-    size = read_state(path).metrics_size
-    file = checked(path, METRICS) if (path / METRICS).is_file() else path.parents[1] / METRICS
-    content = file.read_bytes()[:size] if file.is_file() else b""
-    if len(content) < size:
-        raise CheckpointError(
-            f"{file} has {len(content):,} of the {size:,} bytes of metrics that {path.name} was written with; "
-            f"the others are lost. {_advice(path.parent).capitalize()}"
-        )
-    return content
+    """The content of the metrics file at a checkpoint; raises CheckpointError as `checked`."""
+    return checked(path, METRICS).read_bytes()
 
 
 def _complete(folder: str | Path, kind: str = "") -> list[Path]:
@@ -256,42 +243,18 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _read_state(path: Path) -> tuple[Progress, dict[str, str] | None]:
-    """`state.json`, and the checksums in it; None of an earlier version."""
+def _read_state(path: Path) -> tuple[Progress, dict[str, str]]:
+    """`state.json`, and the checksums of the other files in it."""
     file = path / STATE
     try:
         state = read_json(file, CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_advice(path.parent)}") from error
     checksums = state.pop(_CHECKSUMS, None)
-    if checksums is not None:
-        own = checksums.pop(STATE, None) if isinstance(checksums, dict) else None
-        if own != _checksum(state, checksums):
-            raise CheckpointError(f"{file} is damaged: its checksum is not that of its values; {_advice(path.parent)}")
-    known = state.keys() == _FIELDS.keys() and all(fits(state[name]) for name, fits in _FIELDS.items())
-    if not known or (state["sums"].keys() >= _SUMMED) != (state["batch"] > 0):
-        raise CheckpointError(
-            f"{file} holds {str(state)[:200]}; expected how far a run is ({', '.join(_FIELDS)}); {_advice(path.parent)}"
-        )
+    own = checksums.pop(STATE, None) if isinstance(checksums, dict) else None
+    if own is None or own != _checksum(state, checksums):
+        raise CheckpointError(f"{file} is damaged: its checksum is not that of its values; {_advice(path.parent)}")
     return Progress(**state), checksums
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-_FIELDS = dict.fromkeys(("epoch", "batch", "step", "best_epoch", "metrics_size"), _is_count)
-_FIELDS |= {
-    "best": lambda value: value is None or _is_number(value),
-    "sums": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
-}
-
-
-_SUMMED = {"steps", "seconds", "loss/total"}
 
 
 def _file_checksum(file: Path) -> str:

@@ -381,7 +381,7 @@ def test_bad_records_are_named(tmp_path, case):
         (json.dumps([record(att={"coat": ["red \ude00\ud83d"]})]), "not valid Unicode"),
         ("[" * 900 + json.dumps("\ud800") + "]" * 900, "not valid Unicode|nested too deeply"),
         (json.dumps([{str(i): 0} for i in range(1000)]), "1000 different field names"),
-        (json.dumps([{"name": "x"}]), "no record has the field .*found name"),
+        (json.dumps([{"name": "x"}]), "record 0: the field .* is missing or null; found name"),
     ],
 )
 def test_bad_files(tmp_path, text, words):

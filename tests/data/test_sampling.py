@@ -14,19 +14,15 @@ from fmfa.errors import ConfigError
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "ivt_tables.json").read_text())["sampler"]
 
 
-@given(rows=st.integers(8, 200), share=st.integers(1, 12), world=st.integers(1, 4), drop_last=st.booleans())
+@given(rows=st.integers(8, 200), share=st.integers(1, 12), world=st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
-def test_random_batches_see_every_row_once(rows, share, world, drop_last):
+def test_random_batches_see_every_row_once(rows, share, world):
     size = share * world
-    if drop_last and rows < size:
-        return
-    ranks = [
-        RandomBatches(rows, size, seed=3, rank=rank, world_size=world, drop_last=drop_last) for rank in range(world)
-    ]
+    ranks = [RandomBatches(rows, size, seed=3, rank=rank, world_size=world) for rank in range(world)]
     joint = [flat(parts) for parts in zip(*ranks, strict=True)]
-    single = [list(batch) for batch in RandomBatches(rows, size, seed=3, drop_last=drop_last)]
+    single = [list(batch) for batch in RandomBatches(rows, size, seed=3)]
     seen = flat(joint)
-    lost = rows % size if drop_last else rows % world
+    lost = rows % world
     assert len(seen) == len(set(seen)) == rows - lost
     assert seen == flat(single)[: rows - lost]  # the slices of all ranks are the batch of one process
     assert {len(batch) for batch in joint[:-1]} <= {size}
@@ -141,7 +137,6 @@ def test_as_many_batches_as_the_reference():
     [
         (lambda: RandomBatches(10, 5, seed=0, world_size=2), "equal shares for 2 processes"),
         (lambda: RandomBatches(10, 0, seed=0), "equal shares"),
-        (lambda: RandomBatches(3, 4, seed=0, drop_last=True), "3 rows do not fill"),
         (lambda: RandomBatches(0, 4, seed=0), "0 rows do not fill"),
         (lambda: RandomBatches(10, 4, seed=0, rank=2, world_size=2), "process 2 of 2"),
         (lambda: IdentityBatches([1, 1, 2], 3, 4, seed=0), "the data has 2"),

@@ -274,36 +274,12 @@ def test_no_flipped_bit_of_the_state_changes_what_is_read(interrupted):
                 assert read_state(path.parent) == state  # such as an E of an exponent
 
 
-def as_before_checksums(folder):
-    """Make a run's checkpoints those of an earlier version: no checksums, and no copy of the metrics."""
-    for path in folder.glob("checkpoints/*/state.json"):
-        state = json.loads(path.read_text())
-        del state["sha256"]
-        path.write_text(json.dumps(state))
-        (path.parent / "metrics.csv").unlink(missing_ok=True)
-
-
-def test_checkpoints_of_an_earlier_version_go_on(whole, interrupted):
-    as_before_checksums(interrupted)
-    resume(interrupted)
-    assert_same_run(interrupted, whole)
-
-
 @pytest.mark.parametrize("content", [None, b"", b"run,split,epo", b"\0" * 9000, b"x" * 9000])
 def test_lost_or_damaged_metrics_are_rebuilt_on_resume(content, whole, interrupted):
     path = interrupted / "metrics.csv"
     path.unlink() if content is None else path.write_bytes(content)
     resume(interrupted)
     assert_same_run(interrupted, whole)
-
-
-@pytest.mark.parametrize("content", [None, b"run,split,epo"])
-def test_metrics_that_an_earlier_version_lost_are_said_to_be_lost(content, interrupted):
-    as_before_checksums(interrupted)
-    path = interrupted / "metrics.csv"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"metrics.csv has \d+ of the [\d,]+ bytes .* last-00000008 .* are lost"):
-        resume(interrupted)
 
 
 def test_a_lost_best_checkpoint_is_an_error_and_not_the_last_one(interrupted):
