@@ -7,7 +7,7 @@
 import argparse
 import os
 import sys
-from dataclasses import fields
+from typing import get_args
 
 from torch import distributed
 
@@ -23,10 +23,10 @@ INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 def config_parameters() -> dict[str, Parameter]:
     """Every field of `TrainConfig` as a parameter; the help names the choices where there are some."""
     parameters = {}
-    for setting in fields(TrainConfig):
-        choices = ", ".join(map(repr, setting.metadata["choices"]))
-        text = setting.metadata["help"] + (f"; one of {choices}" if choices else "")
-        parameters[setting.name] = Parameter(setting.name, setting.type, setting.default, text)
+    for name, setting in TrainConfig.__pydantic_fields__.items():
+        choices = ", ".join(map(repr, get_args(setting.annotation)))
+        text = setting.description + (f"; one of {choices}" if choices else "")
+        parameters[name] = Parameter(name, type(setting.default), setting.default, text)
     return parameters
 
 

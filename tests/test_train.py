@@ -194,7 +194,7 @@ def test_the_command_lists_every_parameter_with_help_choices_and_default(capsys)
     [
         (["-p", "epoch", "3"], "unknown parameter 'epoch'; did you mean epochs?"),
         (["-p", "epochs", "many"], "epochs is 'many' (str), expected int"),
-        (["-p", "method", "fmfb"], "did you mean 'fmfa'?"),
+        (["-p", "method", "fmfb"], "did you mean fmfa?"),
         (["-f", "missing.yml"], "cannot read parameters from missing.yml"),
     ],
 )

@@ -1,108 +1,97 @@
 """The parameters of a training run: one flat, checked record of plain values, and the published presets."""
 
-import difflib
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from fmfa.data.annotations import SIMPEDES, canonical_name
 from fmfa.data.datasets import which_dataset
-from fmfa.devices import DEVICES
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, checked, nearest
 from fmfa.models.objectives import objectives
 
 METHODS = ("clip", "irra", "fmfa", "ivt")
-RECIPES = ("fmfa", "ivt")
+
+_LARGEST = 2**63 - 1
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
+Open = Annotated[int, Field(ge=-1, le=_LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-def _setting(
-    default: Any,
-    help_text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> Any:
-    limits = {"help": help_text, "choices": choices, "low": low, "high": high}
-    return field(default=default, metadata=limits)
+def _setting(default: Any, help_text: str, **limits: float) -> Any:
+    return Field(default, description=help_text, **limits)
 
 
-@dataclass(frozen=True)
+@checked
 class TrainConfig:
     """Everything that decides a training run, in values that a notebook's parameters can hold.
 
     `dataset` is kept in its canonical spelling. 0, -1 or "" stands for the preset's value where the help says so;
-    `resolved` fills those in. Every field's help text and limits are in its dataclass metadata.
+    `resolved` fills those in. Every field's help text and limits are in its pydantic field.
 
     Raises:
         ConfigError: a value of the wrong type, outside its range, or not among the choices.
     """
 
-    method: str = _setting("fmfa", "clip (ITC alone), irra, fmfa or ivt", choices=METHODS)
-    preset: str = _setting("paper", "paper's equations or released code", choices=("paper", "released"))
-    recipe: str = _setting("", 'whose optimiser and batches; "" = own, on SimPEDES fmfa', choices=("", *RECIPES))
+    method: Literal["clip", "irra", "fmfa", "ivt"] = _setting("fmfa", "clip (ITC alone), irra, fmfa or ivt")
+    preset: Literal["paper", "released"] = _setting("paper", "paper's equations or released code")
+    recipe: Literal["", "fmfa", "ivt"] = _setting("", 'whose optimiser and batches; "" = own, on SimPEDES fmfa')
     objectives: str = _setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0", of ivt "loss=sdm tau=0.02"')
     dataset: str = _setting("", 'SimPEDES-street, CUHK-PEDES, ... or your own name; "" = what the file at root says')
     root: str = _setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
-    scale: str = _setting("small", "of SimPEDES without a root", choices=("tiny", "small", "standard", "large"))
-    data_seed: int = _setting(0, "of SimPEDES without a root, and of held-out identities", low=0, high=2**31 - 1)
+    scale: Literal["tiny", "small", "standard", "large"] = _setting("small", "of SimPEDES without a root")
+    data_seed: Seed = _setting(0, "of SimPEDES without a root, and of held-out identities")
     drop_empty_captions: bool = _setting(False, "leave captions without a word out, which are refused otherwise")
     backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
     weights: str = _setting("", 'weight file or name; "" = the data set\'s')
     text_weights: str = _setting("", "BERT for ivt by file or hub name; `weights` is an ImageNet ViT then")
     vocabulary: str = _setting("", "ivt's vocab.txt or hub name; \"\" = the one of the backbone's size")
     position_grid: str = _setting("", 'rows x columns of the weights\' positions, as "24x8"; "" = by their number')
-    image_height: int = _setting(0, "pixels; 0 = the data set's", low=0)
-    image_width: int = _setting(0, "pixels; 0 = the data set's", low=0)
-    stride: int = _setting(0, "pixels between patches; 0 = the preset's", low=0)
-    epochs: int = _setting(-1, "passes over the training captions; 0 = no training, -1 = the preset's", low=-1)
-    batch_size: int = _setting(0, "pairs in a batch over all processes; 0 = the preset's", low=0)
-    instances: int = _setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's", low=-1)
-    optimizer: str = _setting("", '"" = the preset\'s', choices=("", "adam", "adamw", "sgd"))
-    learning_rate: float = _setting(0.0, "base rate; 0 = the preset's", low=0)
-    weight_decay: float = _setting(-1.0, "-1 = the preset's", low=-1)
-    eps: float = _setting(0.0, "of Adam's denominator; 0 = the preset's", low=0)
-    beta1: float = _setting(0.9, "Adam's mean of gradients", low=0, high=0.999999)
-    beta2: float = _setting(0.999, "Adam's mean of squared gradients", low=0, high=0.999999)
-    momentum: float = _setting(0.9, "of SGD", low=0, high=0.999999)
-    factors: str = _setting("", 'rate factors; "" = the preset\'s', choices=("", "irra", "ivt", "flat"))
-    schedule: str = _setting("", '"" = the preset\'s', choices=("", "warmup_cosine", "ivt", "ivt_from_1", "constant"))
-    warmup_epochs: int = _setting(-1, "-1 = the preset's", low=-1)
-    warmup_factor: float = _setting(0.1, "first epoch's rate by base rate; not for ivt", low=0, high=1)
-    precision: str = _setting("fp32", "of the forward pass", choices=("fp32", "bf16", "fp16"))
-    accumulate: int = _setting(1, "batches summed into one step", low=1)
-    clip_norm: float = _setting(0.0, "largest gradient norm; 0 = no clipping", low=0)
-    mask_rate: float = _setting(0.15, "share of caption tokens masked for IRR", low=0, high=0.9)
-    augmentation: str = _setting("full", "of training pictures", choices=("full", "none"))
-    pairs: str = _setting("true", '"shuffled" is a control: captions of other people', choices=("true", "shuffled"))
-    flip: str = _setting(
-        "", 'of left and right in training; "" = the data set\'s', choices=("", "mirror", "swap", "off")
-    )
-    text_levels: str = _setting("", "IVT's MLA; \"\" = the preset's", choices=("", "off", "released", "spans"))
-    mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", low=-1, high=0.9)
-    mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", low=-1, high=0.9)
-    seed: int = _setting(0, "of weights, sampling, augmentation, masking and dropout", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "auto takes a GPU where there is one", choices=DEVICES)
-    workers: int = _setting(0, "loader processes", low=0)
-    evaluate_every: int = _setting(1, "epochs between validations; the last is always validated", low=1)
-    checkpoint_every: int = _setting(0, "steps between checkpoints within an epoch; 0 = none", low=0)
+    image_height: Count = _setting(0, "pixels; 0 = the data set's")
+    image_width: Count = _setting(0, "pixels; 0 = the data set's")
+    stride: Count = _setting(0, "pixels between patches; 0 = the preset's")
+    epochs: Open = _setting(-1, "passes over the training captions; 0 = no training, -1 = the preset's")
+    batch_size: Count = _setting(0, "pairs in a batch over all processes; 0 = the preset's")
+    instances: Open = _setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's")
+    optimizer: Literal["", "adam", "adamw", "sgd"] = _setting("", '"" = the preset\'s')
+    learning_rate: float = _setting(0.0, "base rate; 0 = the preset's", ge=0)
+    weight_decay: float = _setting(-1.0, "-1 = the preset's", ge=-1)
+    eps: float = _setting(0.0, "of Adam's denominator; 0 = the preset's", ge=0)
+    beta1: float = _setting(0.9, "Adam's mean of gradients", ge=0, le=0.999999)
+    beta2: float = _setting(0.999, "Adam's mean of squared gradients", ge=0, le=0.999999)
+    momentum: float = _setting(0.9, "of SGD", ge=0, le=0.999999)
+    factors: Literal["", "irra", "ivt", "flat"] = _setting("", 'rate factors; "" = the preset\'s')
+    schedule: Literal["", "warmup_cosine", "ivt", "ivt_from_1", "constant"] = _setting("", '"" = the preset\'s')
+    warmup_epochs: Open = _setting(-1, "-1 = the preset's")
+    warmup_factor: float = _setting(0.1, "first epoch's rate by base rate; not for ivt", ge=0, le=1)
+    precision: Literal["fp32", "bf16", "fp16"] = _setting("fp32", "of the forward pass")
+    accumulate: Positive = _setting(1, "batches summed into one step")
+    clip_norm: float = _setting(0.0, "largest gradient norm; 0 = no clipping", ge=0)
+    mask_rate: float = _setting(0.15, "share of caption tokens masked for IRR", ge=0, le=0.9)
+    augmentation: Literal["full", "none"] = _setting("full", "of training pictures")
+    pairs: Literal["true", "shuffled"] = _setting("true", '"shuffled" is a control: captions of other people')
+    flip: Literal["", "mirror", "swap", "off"] = _setting("", 'of left and right in training; "" = the data set\'s')
+    text_levels: Literal["", "off", "released", "spans"] = _setting("", "IVT's MLA; \"\" = the preset's")
+    mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", ge=-1, le=0.9)
+    mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", ge=-1, le=0.9)
+    seed: Seed = _setting(0, "of weights, sampling, augmentation, masking and dropout")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto takes a GPU where there is one")
+    workers: Count = _setting(0, "loader processes")
+    evaluate_every: Positive = _setting(1, "epochs between validations; the last is always validated")
+    checkpoint_every: Count = _setting(0, "steps between checkpoints within an epoch; 0 = none")
     keep_epochs: bool = _setting(False, "keep the weights of every epoch, to tell what selecting on test would claim")
-    log_gradients_every: int = _setting(0, "steps between gradient norms by loss; 0 = never", low=0)
+    log_gradients_every: Count = _setting(0, "steps between gradient norms by loss; 0 = never")
     tensorboard: bool = _setting(True, "write TensorBoard logs")
 
     def __post_init__(self) -> None:
-        """Check every value's type and range; an int is taken for a float field, any spelling for the data set's."""
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if type(value) is int and abs(value) >= 2**63:
-                raise ConfigError(f"{setting.name} is an integer of {value.bit_length():,} bits; expected at most 63")
-            if setting.type is float and type(value) is int:
-                value = float(value)
-                object.__setattr__(self, setting.name, value)
-            _check(setting, value)
+        """Take any spelling for the data set's; check what limits cannot say."""
         object.__setattr__(self, "dataset", canonical_name(self.dataset))
+        for name in ("weight_decay", "mask_image", "mask_text"):
+            if -1 < getattr(self, name) < 0:
+                raise ConfigError(f"{name}: should be -1 or from 0, found {getattr(self, name)}")
         if self.position_grid and self.grid is None:
             raise ConfigError(f"position_grid is {self.position_grid!r}; expected rows x columns, such as 24x8")
 
@@ -119,12 +108,11 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown key (the nearest known one is named), or a bad value.
         """
-        known = [setting.name for setting in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                raise ConfigError(f"unknown parameter {key!r}{hint}")
+        known = cls.__pydantic_fields__
+        if unknown := [key for key in values if key not in known]:
+            raise ConfigError(
+                f"unknown parameter {unknown[0]!r}; {nearest(unknown[0], known)}known are {', '.join(known)}"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, str | int | float | bool]:
@@ -145,7 +133,8 @@ class TrainConfig:
         open_values = {
             name: value
             for name, value in preset_values(self.method, self.preset, dataset, self.recipe).items()
-            if getattr(self, name) in (0, -1, "") and getattr(self, name) == _default(name)
+            if getattr(self, name) in (0, -1, "")
+            and getattr(self, name) == TrainConfig.__pydantic_fields__[name].default
         }
         config = replace(self, dataset=dataset, **open_values)
         if config.instances and config.batch_size % config.instances:
@@ -252,31 +241,6 @@ def _fmfa_recipe(released: bool, *, flat: bool, icfg: bool) -> dict[str, str | i
         "batch_size": 64,
         "instances": 0,
     }
-
-
-def _default(name: str) -> Any:
-    return TrainConfig.__dataclass_fields__[name].default
-
-
-def _check(setting: Field, value: Any) -> None:
-    if type(value) is not setting.type:
-        raise ConfigError(
-            f"{setting.name} is {value!r}, a {type(value).__name__}; expected {setting.type.__name__} "
-            f"({setting.metadata['help']})"
-        )
-    choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
-    if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        allowed = ", ".join(map(repr, choices))
-        raise ConfigError(f"{setting.name} is {value!r}; expected one of {allowed}{hint}")
-    if setting.type not in (int, float):
-        return
-    between = low == -1 and -1 < value < 0
-    if between or not (low <= value <= high and math.isfinite(value)):
-        limits = "-1 or " if low == -1 else ""
-        limits += f"at least {max(low, 0)}" if high == math.inf else f"from {max(low, 0)} to {high}"
-        raise ConfigError(f"{setting.name} is {value}; expected {limits} ({setting.metadata['help']})")
 
 
 def _plain(text: str) -> str | int | float | bool:

@@ -12,12 +12,14 @@ from evaluations import evaluate
 
 from fmfa.evaluation.statistics import further_run
 from fmfa.models.objectives import objectives
+from fmfa.notebook import resolve_parameters
 from fmfa.plots.comparison import plot_grid, plot_sensitivity
 from fmfa.study.claims import claims_table
 from fmfa.study.curves import grid_table, own_value, point_of, sensitivity_table
 from fmfa.study.definition import expand_rows, read_study
 from fmfa.study.levels import run_results
 from fmfa.study.results import METRICS, export_results, is_point, read_rows, run_folders
+from fmfa.train import config_parameters
 from fmfa.training.config import TrainConfig
 
 DEFINITION = yaml.safe_load((Path(__file__).parents[2] / "study.yml").read_text())
@@ -67,8 +69,7 @@ def test_every_curve_of_the_study_knows_its_systems_own_value():
     found = {}
     for run in read_study(DEFINITION | {"scale": "standard", "chosen": "all", "seeds": 1}).runs:
         if is_point(run.row) and len(point_of(run.row)[1]) == 1:
-            kinds = TrainConfig.__dataclass_fields__
-            config = TrainConfig(**{name: kinds[name].type(value) for name, value in run.parameters.items()}).resolved()
+            config = TrainConfig(**resolve_parameters(config_parameters(), run.parameters)).resolved()
             curve, values = point_of(run.row)
             own = own_value(config.to_dict(), *values.values())
             if not np.isnan(own):  # the tuning's curves have a point at the system's own rate

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import pytest
@@ -10,19 +9,18 @@ from fmfa.models.objectives import objectives
 from fmfa.training.batches import level_reader
 from fmfa.training.config import METHODS, TrainConfig, preset_values
 
-FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
+FIELDS = TrainConfig.__pydantic_fields__
 
 
 def test_all_fields_are_plain_values_with_a_help_text():
-    for setting in FIELDS.values():
-        assert setting.type in (str, int, float, bool), setting.name
-        assert type(setting.default) is setting.type, setting.name
-        assert setting.metadata["help"], setting.name
+    for name, setting in FIELDS.items():
+        assert type(setting.default) in (str, int, float, bool), name
+        assert setting.description, name
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("learning_rat", "learning_rate"), ("epoch", "epochs")])
 def test_an_unknown_key_names_the_nearest(typo, meant):
-    with pytest.raises(ConfigError, match=f"{typo}'; did you mean '{meant}'"):
+    with pytest.raises(ConfigError, match=f"{typo}'; did you mean {meant}\\?"):
         TrainConfig.from_dict({typo: 1})
 
 
@@ -44,7 +42,7 @@ def test_a_key_like_nothing_lists_the_known_ones():
 )
 def test_a_value_of_another_type_is_refused(values):
     (name,) = values
-    with pytest.raises(ConfigError, match=f"{name} is .* expected {FIELDS[name].type.__name__}"):
+    with pytest.raises(ConfigError, match=f"^{name}: should be .*, found"):
         TrainConfig.from_dict(values)
 
 
@@ -64,12 +62,12 @@ def test_a_value_of_another_type_is_refused(values):
 )
 def test_a_value_outside_its_range_is_refused(values):
     (name,) = values
-    with pytest.raises(ConfigError, match=f"{name} is .*expected"):
+    with pytest.raises(ConfigError, match=f"^{name}: should be .*, found"):
         TrainConfig(**values)
 
 
 def test_a_wrong_choice_names_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'irra'"):
+    with pytest.raises(ConfigError, match=r"^method: should be .*, found 'irrra'; did you mean irra\?"):
         TrainConfig(method="irrra")
 
 
