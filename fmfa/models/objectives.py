@@ -1,21 +1,27 @@
 """Which losses a two-stream model is trained with: every row of the ablation is one `Objectives`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from fmfa.data.annotations import SIMPEDES, canonical_name
-from fmfa.errors import ConfigError
-from fmfa.losses.efa import COSTS, KEEPS
-from fmfa.losses.matching import ASDM_FORMS
+from fmfa.errors import ConfigError, checked
 
 METHODS = ("clip", "irra", "fmfa")
 PRESETS = ("paper", "released")
-POSITIONS = ("caption", "all")
 LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa", "grounding")
 # Yin et al. 2026: (text-to-joint, vision-to-joint) margins of EFA
 PAPER_MARGINS = {"CUHK-PEDES": (0.1, 0.1), "ICFG-PEDES": (0.2, 1.0), "RSTPReid": (0.2, 0.8)}
 
+Form = Literal["paper", "released"]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 
-@dataclass(frozen=True)
+
+@checked
 class Objectives:
     """Weights and forms of the losses. A part with weight 0 is switched off, with its head and its cost.
 
@@ -23,61 +29,36 @@ class Objectives:
         ConfigError: a value of the wrong type or outside its range, or no loss at all.
     """
 
-    itc: float = 0.0  # weight of the contrastive loss (InfoNCE)
-    cmpm: float = 0.0  # weight of cross-modal projection matching
-    sdm: float = 0.0  # weight of similarity distribution matching
-    asdm: float = 0.0  # weight of adaptive similarity distribution matching
-    id: float = 0.0  # weight of the identity classification
-    irr: float = 0.0  # weight of implicit relation reasoning (masked tokens)
-    efa: float = 0.0  # weight of explicit fine-grained alignment
-    grounding: float = 0.0  # weight of token-to-patch supervision by true part maps, an oracle of SimPEDES
-    tau: float = 0.02  # temperature of ITC, SDM and A-SDM; fixed, not learned
-    asdm_form: str = "paper"  # gap of softmax probabilities, or of raw cosines ("released")
-    asdm_alpha: float = 10.0  # strength of A-SDM's weights
-    efa_cost: str = "paper"  # negatives only, or scaled rows with the diagonal kept ("released")
-    efa_positions: str = "caption"  # text positions that count: "caption", or "all" with the padding
-    efa_keep: str = ">="  # which weights survive the threshold
-    efa_sigma: float = 0.0  # threshold after min-max; 0 = 1 / number of patches
-    efa_lambda: float = 1.0  # sharpness of the log-sum-exp pooling
+    itc: NotNegative = 0.0  # weight of the contrastive loss (InfoNCE)
+    cmpm: NotNegative = 0.0  # weight of cross-modal projection matching
+    sdm: NotNegative = 0.0  # weight of similarity distribution matching
+    asdm: NotNegative = 0.0  # weight of adaptive similarity distribution matching
+    id: NotNegative = 0.0  # weight of the identity classification
+    irr: NotNegative = 0.0  # weight of implicit relation reasoning (masked tokens)
+    efa: NotNegative = 0.0  # weight of explicit fine-grained alignment
+    grounding: NotNegative = 0.0  # weight of token-to-patch supervision by true part maps, an oracle of SimPEDES
+    tau: Positive = 0.02  # temperature of ITC, SDM and A-SDM; fixed, not learned
+    asdm_form: Form = "paper"  # gap of softmax probabilities, or of raw cosines ("released")
+    asdm_alpha: NotNegative = 10.0  # strength of A-SDM's weights
+    efa_cost: Form = "paper"  # negatives only, or scaled rows with the diagonal kept ("released")
+    efa_positions: Literal["caption", "all"] = "caption"  # text positions that count; "all" with the padding
+    efa_keep: Literal[">=", ">"] = ">="  # which weights survive the threshold
+    efa_sigma: Annotated[float, Field(ge=0, lt=1)] = 0.0  # threshold after min-max; 0 = 1 / number of patches
+    efa_lambda: Positive = 1.0  # sharpness of the log-sum-exp pooling
     efa_margin_text: float = 0.1  # margin of the text-to-joint cost
     efa_margin_image: float = 0.1  # margin of the vision-to-joint cost
-    efa_chunk: int = 0  # rows of the batch compared at a time; 0 = chosen by size
+    efa_chunk: Count = 0  # rows of the batch compared at a time; 0 = chosen by size
     efa_oracle: bool = False  # phrase tokens group the patches of their true part, an oracle of SimPEDES
-    grounding_tau: float = 0.07  # temperature of the token-to-patch supervision
-    irr_depth: int = 4  # self-attention blocks of IRR
-    irr_heads: int = 0  # attention heads of IRR; 0 = width / 64, at least 1
+    grounding_tau: Positive = 0.07  # temperature of the token-to-patch supervision
+    irr_depth: AtLeastOne = 4  # self-attention blocks of IRR
+    irr_heads: Count = 0  # attention heads of IRR; 0 = width / 64, at least 1
     irr_padding_mask: bool = False  # hide padding from IRR's self-attention (neither preset does)
     retrieval_sees_mask: bool = False  # the retrieval branch gets the masked caption, as in released code
 
     def __post_init__(self) -> None:
-        """Check every field; whole numbers become floats where a float is expected."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not field.type:
-                raise ConfigError(
-                    f"objective {field.name} is {value!r} ({type(value).__name__}), expected {field.type.__name__}"
-                )
-        for name in (*LOSSES, "asdm_alpha", "efa_chunk", "irr_heads"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("tau", "efa_lambda", "grounding_tau", "irr_depth"):
-            self._require(name, getattr(self, name) > 0, "more than 0")
-        self._require("efa_sigma", 0 <= self.efa_sigma < 1, "0 (for 1/N) or a threshold below 1")
-        for name, choices in (
-            ("asdm_form", ASDM_FORMS),
-            ("efa_cost", COSTS),
-            ("efa_positions", POSITIONS),
-            ("efa_keep", KEEPS),
-        ):
-            self._require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
-
+        """Refuse to train nothing."""
         if not any(getattr(self, name) for name in LOSSES):
             raise ConfigError(f"objectives {', '.join(LOSSES)} are all 0: nothing to train; give one of them a weight")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"objective {name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
     def needs_mask(self) -> bool:
