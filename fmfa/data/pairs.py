@@ -24,7 +24,7 @@ from fmfa.errors import ConfigError
 from fmfa.text.bytepair import Tokenizer
 from fmfa.text.levels import swap_sides
 
-CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory unless told otherwise
+CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory
 PADDED_WITH = {"masked_labels": 0, "token_parts": -1}  # and ids with the tokenizer's own padding
 Flip = Literal["mirror", "swap", "off"]
 Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
@@ -51,9 +51,10 @@ class PairDataset(Dataset):
         mask_probability: float = 0.15,
         levels: Levels | None = None,
         parts: PartMaps | None = None,
-        cache: bool | None = None,
     ) -> None:
         """Pairs of `table`, whose columns `image`, `caption` and `label` are read.
+
+        Up to 1 GiB of resized pictures are kept in memory.
 
         Args:
             table: one row a caption, as `Dataset.split` gives it.
@@ -68,11 +69,10 @@ class PairDataset(Dataset):
                 first three of which are the word, phrase and sentence level. Each is paired with an
                 augmentation of its own.
             parts: true part maps of the rows, for oracles; not together with `levels`.
-            cache: keep the resized pictures in memory; None does so up to 1 GiB.
 
         Raises:
             ConfigError: unknown `flip`, a mask probability outside [0, 1], or `parts` with `levels`.
-            ImageError: an unreadable picture, here with a cache, on access without.
+            ImageError: an unreadable picture: here, or on access where the pictures are not kept in memory.
         """
         if flip not in ("mirror", "swap", "off"):
             raise ConfigError(f"flip {flip!r}: use 'mirror', 'swap' or 'off'")
@@ -89,7 +89,8 @@ class PairDataset(Dataset):
         self._records = table.to_dict("records") if levels else None
         self._picture_of_row, names = pd.factorize(table["image"])
         self._paths = [resolve_image(images, name) for name in names]
-        self._pictures = self._read_all() if self._wants_cache(cache) else None
+        size = 3 * transform.size[0] * transform.size[1] * len(self._paths)
+        self._pictures = self._read_all() if size <= CACHE_LIMIT else None
         self._known = {} if levels else self._numbered_texts()
         self._known_ids = tokenizer(list(self._known))
         # Shared memory, so that worker processes that live on see the next epoch.
@@ -195,10 +196,6 @@ class PairDataset(Dataset):
             torch.default_generator.manual_seed(seed)
             picture, parts = self.transform.finish(picture, parts)
         return picture[None], parts.as_subclass(Tensor)[None]
-
-    def _wants_cache(self, cache: bool | None) -> bool:
-        height, width = self.transform.size
-        return 3 * height * width * len(self._paths) <= CACHE_LIMIT if cache is None else cache
 
     def _read_all(self) -> Tensor:
         pictures = torch.empty((len(self._paths), 3, *self.transform.size), dtype=torch.uint8)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,15 +29,10 @@ DATA = Path(__file__).parents[2] / "data"
 CONFIGS = {"clip": DATA / "tiny_clip_config.json", "ivt": DATA / "tiny_ivt_config.json"}
 WORDPIECE = DATA / "wordpiece.txt"
 FULL_WIDTH = 768  # that IVT's initial standard deviation of 0.02 was made for
+Captions = Callable[[str, int], dict[str, Tensor]]
+"""From a caption and the seed of all that is random to the rows of ids that a model reads, int64 [L]."""
 # Settings that the other method does not have.
 OWN = {"clip": ("tau",), "ivt": ("fusion_depth", "temperature", "matrix_scale")}
-
-
-class Captions(Protocol):
-    """From a caption to what a model reads of it."""
-
-    def __call__(self, caption: str, seed: int) -> dict[str, Tensor]:
-        """Rows of ids, int64 [L]; everything random derives from the seed."""
 
 
 @dataclass(frozen=True, eq=False)

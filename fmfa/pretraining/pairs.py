@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,16 +35,6 @@ class WebStream(Dataset):
         return torch.from_numpy(image).permute(2, 0, 1), text
 
 
-class PairSource(Protocol):
-    """Numbered pairs: `source[i]` is a picture, uint8 [3, H, W], and its caption."""
-
-    def __len__(self) -> int:
-        """Number of pairs."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Pair `index`."""
-
-
 class PretrainingPairs(Dataset):
     """The pairs that pre-training sees, in order; one sample a position.
 
@@ -55,7 +44,7 @@ class PretrainingPairs(Dataset):
 
     def __init__(
         self,
-        source: PairSource,
+        source: Dataset,
         captions: Captions,
         finish: nn.Module,
         *,
@@ -68,7 +57,7 @@ class PretrainingPairs(Dataset):
         """Positions `first` to `first + count`.
 
         Args:
-            source: the pairs.
+            source: numbered pairs, each a picture, uint8 [3, H, W], and its caption.
             captions: from a caption to ids.
             finish: of an `ImageTransform`: uint8 [3, H, W] to the network's float32.
             seed: of order, augmentation and words.

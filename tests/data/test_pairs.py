@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fmfa.data import pairs as pairs_module
 from fmfa.data.images import CLIP_MEAN, CLIP_STD, fmfa_evaluation, fmfa_training, ivt_evaluation, ivt_training
 from fmfa.data.pairs import PairDataset, make_loader, mask_tokens, start_epoch
 from fmfa.data.sampling import IdentityBatches, RandomBatches
@@ -286,8 +287,10 @@ def test_the_default_generator_is_left_alone(dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_cache_changes_nothing(dataset):
-    cached, read = dataset(), dataset(cache=False)
+def test_the_cache_changes_nothing(dataset, monkeypatch):
+    cached = dataset()
+    monkeypatch.setattr(pairs_module, "CACHE_LIMIT", 0)
+    read = dataset()
     assert cached._pictures is not None
     assert read._pictures is None
     assert all(same(cached.collate([cached[row]]), read.collate([read[row]])) for row in range(24))
@@ -432,13 +435,14 @@ def test_a_padding_tokenizer_gets_an_attention_mask(dataset, hook):
 # mistakes
 
 
-def test_unreadable_pictures_are_named(table, pictures, tokenizer, tmp_path):
+def test_unreadable_pictures_are_named(table, pictures, tokenizer, tmp_path, monkeypatch):
     for path in pictures.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "3.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"3\.png"):
         PairDataset(table, tmp_path, tokenizer, fmfa_training(SIZE), seed=0)
-    pairs = PairDataset(table, tmp_path, tokenizer, fmfa_training(SIZE), seed=0, cache=False)
+    monkeypatch.setattr(pairs_module, "CACHE_LIMIT", 0)
+    pairs = PairDataset(table, tmp_path, tokenizer, fmfa_training(SIZE), seed=0)
     assert pairs[0]["images"].shape == (1, 3, *SIZE)
     with pytest.raises(ImageError, match=r"3\.png"):
         pairs[12]
