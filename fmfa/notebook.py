@@ -526,5 +526,23 @@ class DataParameters:
     decode: bool
 
 
+@dataclass(frozen=True)
+class MethodsParameters:
+    """Parameters of `notebooks/02_methods.ipynb`, checked."""
+
+    scale: str
+    seed: int
+    pair: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises ConfigError."""
+        if self.scale not in SCALES:
+            raise ConfigError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
+        if not 0 <= self.pair < SCALES["tiny"][2]:
+            raise ConfigError(f"pair is {self.pair}; expected 0 to {SCALES['tiny'][2] - 1}")
+
+
 if __name__ == "__main__":
     sys.exit(main())

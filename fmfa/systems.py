@@ -41,6 +41,8 @@ from fmfa.training.fit import CONFIG, launched_rank, run_config, train
 NO_WEIGHTS = "none"
 START, VOCABULARY = "weights.txt", "vocab.txt"
 TINY_BACKBONE, TINY_WEIGHTS = DATA / "tiny_clip_config.json", DATA / "tiny_clip.safetensors"
+TINY_IRRA_WEIGHTS = DATA / "tiny_irra.safetensors"
+"""An IRRA trained on SimPEDES, without its identity classifier."""
 FULL_BACKBONE, FULL_WEIGHTS = "ViT-B-16-quickgelu", "openai"
 ONLY_IVT = ("text_weights", "vocabulary", "mask_image", "mask_text")
 TINY_IVT_BACKBONE, TINY_IVT_WEIGHTS = DATA / "tiny_ivt_config.json", DATA / "tiny_ivt.safetensors"
