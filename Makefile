@@ -15,7 +15,7 @@ RUN := exec "$$BIN/python" -m
 ASKED := "scale=$$SCALE" "chosen=$$ROWS" "seeds=$$SEEDS" "datasets=$$DATASETS" "folders=$$ROOTS" "weights=$$WEIGHTS"
 
 .DEFAULT_GOAL := help
-.PHONY: help study plan report test lab check weights clean
+.PHONY: help study plan report notebooks test lab check weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -41,6 +41,9 @@ test: $(READY)  ## every test, the linter and the notebooks
 	@"$$BIN/python" -m ruff check
 	@"$$BIN/python" -m ruff format --check
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadgroup
+
+notebooks: $(READY)  ## execute the notebooks at their defaults and write them back with their outputs
+	@for each in notebooks/*.ipynb; do "$$BIN/python" -m fmfa.notebook "$$each" --in-place || exit; done
 
 lab: $(READY)  ## JupyterLab in the same environment
 	@$(RUN) jupyterlab --notebook-dir notebooks

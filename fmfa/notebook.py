@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypeVar
 
 import nbformat
@@ -117,18 +118,45 @@ def run_notebook(
     return record
 
 
+def refresh_notebook(notebook: str | Path) -> None:
+    """Execute a notebook at its defaults and write it back with its outputs, in one normal form.
+
+    Nothing of this machine and moment is left but what the cells measure: no execution times, warnings, random ids,
+    addresses of objects or paths of the project's folder. Raises as `run_notebook`, and then changes nothing.
+    """
+    kept = nbformat.read(notebook, as_version=4)
+    with TemporaryDirectory() as folder:
+        output = run_notebook(notebook, Path(folder) / "executed.ipynb", html=False)["output"]
+        executed = nbformat.read(output, as_version=4)
+    for cell, done in zip(kept.cells, executed.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.execution_count = done.execution_count
+            cell.outputs = [shown for shown in done.outputs if shown.get("name") != "stderr"]
+    kept.metadata = {name: kept.metadata[name] for name in ("kernelspec", "language_info")}
+    text = nbformat.writes(kept).replace(f"{PROJECT}{os.sep}", "").replace(str(PROJECT), ".")
+    text = re.sub(r" at 0x[0-9a-f]+>", ">", text)
+    for number, found in enumerate(dict.fromkeys(re.findall(r"\bT_[0-9a-f]{5}(?![0-9a-f])", text))):  # pandas' Styler
+        text = text.replace(found, f"T_{number:05}")
+    with whole_file(Path(notebook)) as partial:
+        partial.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 finished, 1 a cell failed, 2 bad parameters."""
     parser = argparse.ArgumentParser(prog="python -m fmfa.notebook", description=run_notebook.__doc__.split("\n")[0])
     parser.add_argument("notebook", help="notebook to run")
     parser.add_argument("output", nargs="?", help="executed notebook; record and HTML are written beside it")
     add_parameter_options(parser)
+    parser.add_argument("--in-place", action="store_true", help="at the defaults, and write the outputs back into it")
     parser.add_argument("--timeout", type=int, help="seconds that a cell may take")
     parser.add_argument("--progress", action="store_true", help="show a progress bar")
     options = parser.parse_args(arguments)
     try:
         if options.help_parameters:
             print_parameters(notebook_parameters(options.notebook).values())
+            return 0
+        if options.in_place:
+            refresh_notebook(options.notebook)
             return 0
         if options.output is None:
             parser.error("the output is missing")
@@ -143,10 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # cell, kernel, time limit
         told = error.evalue if _is_ours(error) else error
-        print(f"error: {told}\nrecord: {status_path(options.output)}", file=sys.stderr)
+        record = "" if options.in_place else f"\nrecord: {status_path(options.output)}"
+        print(f"error: {told}{record}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {options.output} cannot be written: {error}", file=sys.stderr)
+        print(f"error: {options.output or options.notebook} cannot be written: {error}", file=sys.stderr)
         return 1
     print(record["html"])
     return 0
@@ -526,22 +555,13 @@ class DataParameters:
     decode: bool
 
 
-@dataclass(frozen=True)
+@checked
 class MethodsParameters:
     """Parameters of `notebooks/02_methods.ipynb`, checked."""
 
-    scale: str
-    seed: int
-    pair: int
-
-    def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        if self.scale not in SCALES:
-            raise ConfigError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
-        if not 0 <= self.pair < SCALES["tiny"][2]:
-            raise ConfigError(f"pair is {self.pair}; expected 0 to {SCALES['tiny'][2] - 1}")
+    scale: Scale
+    seed: Annotated[int, Field(ge=0)]
+    pair: Annotated[int, Field(ge=0, le=23)]  # the smallest scale tests on 24 people
 
 
 if __name__ == "__main__":

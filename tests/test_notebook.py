@@ -390,3 +390,33 @@ def test_progress_bars_obey_the_environment_and_the_caller(monkeypatch, capsys, 
     with progress_bar(3, "encoding", "things", shown=shown) as bar:
         bar.update(3)
     assert ("encoding" not in capsys.readouterr().err) == silent
+
+
+def test_a_notebook_in_place_has_one_normal_form(tmp_path, capsys):
+    """Executed twice, its bytes are the same: no times, warnings, random ids or paths of this machine."""
+    source = (
+        "import sys\nimport pandas as pd\nfrom fmfa.files import PROJECT\nprint(size, PROJECT / 'data')\n"
+        "print('warning', file=sys.stderr)\npd.DataFrame({'a': [1]}).style"
+    )
+    cells = [new_code_cell("size: int = 3  # of it", metadata={"tags": ["parameters"]}), new_code_cell(source)]
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+    path = tmp_path / "one.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata=about), path)
+    assert main([str(path), "--in-place"]) == 0
+    first = path.read_bytes()
+    assert main([str(path), "--in-place"]) == 0
+    assert path.read_bytes() == first
+    outputs = nbformat.read(path, as_version=4).cells[1].outputs
+    assert [output.output_type for output in outputs] == ["stream", "execute_result"]
+    assert outputs[0].text == "3 data\n"
+    assert "T_00000" in outputs[1].data["text/html"]
+
+
+def test_a_notebook_in_place_that_fails_is_left_as_it_was(tmp_path, capsys):
+    path = tmp_path / "one.ipynb"
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")], metadata=about), path)
+    before = path.read_bytes()
+    assert main([str(path), "--in-place"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert path.read_bytes() == before

@@ -71,7 +71,7 @@ def test_01_on_a_real_format(run, tmp_path, dataset, write, first_line):
 
 
 @SECOND
-@pytest.mark.parametrize("name", ["01_data", "04_evaluate", "05_ablation", "06_visualise"])
+@pytest.mark.parametrize("name", ["01_data", "02_methods", "04_evaluate", "05_ablation", "06_visualise"])
 def test_a_notebook_with_its_defaults_by_nbval(monkeypatch, name):
     by_nbval(monkeypatch, ROOT / "notebooks" / f"{name}.ipynb")
 

@@ -70,7 +70,9 @@ def guess_word(system: System, image: Tensor, captions: Sequence[str], pair: int
     pictures = torch.stack([image[pair], image.mean(dim=0), image[pair - 1]])
     logits = system.model.irr(text.expand(3, -1, -1), pictures, chosen.expand(3, -1))
     index = pd.Index(system.tokenizer.decode(range(system.model.clip.vocab_size)), name="token")
-    table = pd.DataFrame(logits.softmax(dim=1).T.numpy(), index, ["own picture", "mean picture", "another's picture"])
+    table = pd.DataFrame(
+        logits.softmax(dim=1).T.double().numpy(), index, ["own picture", "mean picture", "another's picture"]
+    )
     return table.sort_values("own picture", ascending=False)
 
 
