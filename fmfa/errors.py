@@ -10,6 +10,12 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
+_SENTENCES = {
+    "missing": "missing",
+    "unexpected_keyword_argument": "unknown name",
+    "extra_forbidden": "unknown name",
+    "string_pattern_mismatch": "only letters, digits and _ . = + - make a name",
+}
 
 
 class FmfaError(ValueError):
@@ -47,7 +53,7 @@ def checked(cls: type[T]) -> type[T]:
     Limits are given as pydantic takes them. A value that does not fit is a ConfigError of one sentence; errors that
     the class' `__post_init__` raises for users come through as they are.
     """
-    settings = ConfigDict(strict=True, allow_inf_nan=False)
+    settings = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
     made: Any = dataclass(frozen=True, config=settings)(cls)
     check: Callable[..., None] = made.__init__
 
@@ -66,15 +72,9 @@ def told(error: ValidationError) -> str:
     """One sentence for the first thing that pydantic finds wrong: the place, what it should be, what was found."""
     first, *others = error.errors(include_url=False)
     place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    known = {
-        "missing": "missing",
-        "missing_argument": "missing",
-        "extra_forbidden": "unknown name",
-        "unexpected_keyword_argument": "unknown name",
-        "string_pattern_mismatch": "only letters, digits and _ . = + - make a name",
-    }
-    sentence = f"{place}: {known.get(first['type'], _plain(first['msg']))}"
-    if first["type"] not in list(known)[:4]:
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    sentence = f"{place}: {_SENTENCES.get(first['type'], message)}"
+    if not sentence.endswith((": missing", ": unknown name")):
         sentence += f", found {reprlib.repr(first['input'])}"
     if first["type"] == "literal_error":
         choices = re.findall("'(.*?)'", first["ctx"]["expected"])
@@ -86,7 +86,3 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     """The hint `did you mean NAME? ` with the known name that is most like a word; empty if none is."""
     near = get_close_matches(str(word), known, n=1)
     return f"did you mean {near[0]}? " if near else ""
-
-
-def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Input should", "should")

@@ -27,6 +27,8 @@ def test_an_unknown_key_names_the_nearest(typo, meant):
 def test_a_key_like_nothing_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"known are method, preset"):
         TrainConfig.from_dict({"zzqx": 1})
+    with pytest.raises(ConfigError, match="zzqx: unknown name"):
+        TrainConfig(zzqx=1)
 
 
 @pytest.mark.parametrize(
