@@ -87,17 +87,7 @@ class Gallery:
         Raises:
             ConfigError: the condition is not valid; the columns are named.
         """
-        with _connected(self.folder) as table:
-            columns = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
-            table.set_authorizer(_read_only)
-            try:
-                condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
-                return pd.read_sql_query(f"SELECT * FROM pictures WHERE {condition} ORDER BY vector", table)
-            except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
-                reason = str(error.__cause__ or error)
-                raise ConfigError(
-                    f"the condition {where!r} is not valid: {reason}; columns are {', '.join(columns)}"
-                ) from None
+        return self._select("*", where)
 
     def search(self, query: Tensor, k: int = 10, where: str = "") -> pd.DataFrame:
         """The k pictures closest to an embedding, exactly, best first; of equal ones the earlier added.
@@ -114,23 +104,33 @@ class Gallery:
         Raises:
             ConfigError: `where` is not valid, or the query's size is not the gallery's.
         """
-        rows = self.rows(where)
         if query.shape != (self.vectors.shape[1],):
             raise ConfigError(f"the query has shape {tuple(query.shape)}, expected ({self.vectors.shape[1]},)")
-        if rows.empty:
-            return rows.drop(columns="vector").assign(cosine=[], deviations=[])
         query = F.normalize(query.detach().cpu().float(), dim=0)
-        places = rows["vector"].to_numpy()
-        whole = len(places) == len(self.vectors)
+        whole = not where and len(self) == len(self.vectors)
+        places = np.arange(len(self.vectors)) if whole else self._select("vector", where)["vector"].to_numpy(int)
         vectors = torch.from_numpy(self.vectors if whole else self.vectors[places])
         rough = torch.mv(vectors, query.half()).float()
-        kth = rough.topk(min(k, len(rough))).values[-1]
+        kth = rough.topk(min(k, len(rough))).values[-1] if len(rough) else 0
         near = (rough >= kth - _HALF_ERROR).nonzero()[:, 0]
         cosine = vectors[near].float() @ query
         order = cosine.argsort(descending=True, stable=True)[:k]
+        best = places[near[order].numpy()]
         spread = float(rough.std()) if len(rough) > 1 else float("nan")
-        best = rows.iloc[near[order].numpy()].drop(columns="vector").reset_index(drop=True)
-        return best.assign(cosine=cosine[order].numpy(), deviations=((cosine[order] - rough.mean()) / spread).numpy())
+        rows = self._select("*", f"vector IN ({', '.join(map(str, best))})").set_index("vector").loc[best]
+        deviations = (cosine[order] - rough.mean()) / spread
+        return rows.reset_index(drop=True).assign(cosine=cosine[order].numpy(), deviations=deviations.numpy())
+
+    def _select(self, columns: str, where: str) -> pd.DataFrame:
+        condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
+        with _connected(self.folder) as table:
+            known = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
+            table.set_authorizer(_read_only)
+            try:
+                return pd.read_sql_query(f"SELECT {columns} FROM pictures WHERE {condition} ORDER BY vector", table)
+            except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
+                reason = f"{error.__cause__ or error}; columns are {', '.join(known)}"
+                raise ConfigError(f"the condition {where!r} is not valid: {reason}") from None
 
 
 def open_gallery(folder: str | Path) -> Gallery:
@@ -433,6 +433,7 @@ def _fit_columns(table: sqlite3.Connection, names: Sequence[str]) -> None:
     for name in names:
         if str(name).lower() not in known:
             table.execute(f"ALTER TABLE pictures ADD COLUMN {_quoted(name)}")
+            table.execute(f"CREATE INDEX {_quoted(f'by {name}')} ON pictures ({_quoted(name)})")
 
 
 def _quoted(name: str) -> str:
