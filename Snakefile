@@ -82,17 +82,10 @@ def shown(results):
 
 
 def evaluation(wildcards):
-    """Evaluate a run; across domains in a folder of its own, with links to the run's record and checkpoints."""
+    """Evaluate a run, or on another data set the run that this evaluation is of."""
     run = STUDY.find(wildcards.run)
-    execute = execution("04_evaluate", f"{run.folder}/evaluate", **run.tested, run=os.path.abspath(run.folder))
-    if not run.source:
-        return execute
-    names = "run.json config.json metrics.csv vocab.txt checkpoints"
-    source, folder = shlex.quote(os.path.abspath(run.source)), shlex.quote(run.folder)
-    return (
-        f"for name in {names}; do if [ -e {source}/$name ]; then ln -sfn {source}/$name {folder}/$name; fi; done; "
-        + execute
-    )
+    folder = os.path.abspath(run.source or run.folder)
+    return execution("04_evaluate", f"{run.folder}/evaluate", **run.tested, run=folder)
 
 
 wildcard_constraints:

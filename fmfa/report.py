@@ -58,7 +58,7 @@ def write_report(results: str | Path, output: str | Path = "", shown: Sequence[s
         cells += [cell for path, name in notebooks.items() if path.is_file() for cell in read_part(path, name + suffix)]
     if not cells:
         raise ConfigError(f"{results} holds no executed notebook; expected comparison.ipynb, as `make study` writes it")
-    groups += sorted({path.parents[1] for path in results.glob("**/on-*/*/run.json")} - set(groups))
+    groups += sorted({path.parents[1] for path in results.glob("**/on-*/*/evaluate.status.json")} - set(groups))
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"  # several notebooks share the page
     about = {
@@ -163,18 +163,19 @@ def _has_content(section: Sequence[NotebookNode]) -> bool:
 
 def _runs(group: Path, beside: Path) -> Iterator[tuple[list[Any], list[tuple[str, str]]]]:
     """Cells of the table of runs, and the executed notebooks' names and addresses, of each run folder."""
-    names = ("run.json", "train.status.json")
+    names = ("run.json", "train.status.json", "evaluate.status.json")
     for folder in sorted({path.parent for name in names for path in group.glob(f"*/{name}")}):
         record, pages = read_record(folder), []
-        status, error = record.get("status", "no record"), record.get("error") or ""
+        status, error = record.get("status", ""), record.get("error") or ""
         for step in ("train", "evaluate"):
             executed, failed = _executed(folder / f"{step}.ipynb")
+            status = status or executed.get("status", "")
             if executed.get("status") == "failed":
                 status, error = f"{step} failed", error or failed
             if (page := folder / f"{step}.html").is_file():
                 pages.append((step, quote(os.fsencode(os.path.relpath(page, beside)))))
         best, device = record.get("best_epoch", ""), record.get("device", "")
-        yield [folder.name, status, best, _minutes(record), device, error], pages
+        yield [folder.name, status or "no record", best, _minutes(record), device, error], pages
 
 
 def _minutes(record: dict) -> str:

@@ -31,6 +31,7 @@ from fmfa.report import write_report
 from fmfa.simpedes.generate import SCALES
 from fmfa.study.definition import Run, Study, parse_arguments, read_study, spoken, step_record
 from fmfa.study.levels import seeds_table
+from fmfa.study.results import read_results
 from fmfa.training.config import TrainConfig
 
 ASKED = "asked.json"  # the words of the command line
@@ -235,7 +236,7 @@ def _run(options: argparse.Namespace, study: Study) -> int:
     for folder, runs in study.results.items():
         print(f"\nR@1 on {runs[0].tested['dataset']} (percent, 95 % interval):")
         try:
-            table = seeds_table(folder)
+            table = seeds_table(read_results(folder))
             print("none" if table.empty else table.set_index("row").rename_axis(None)[["seeds", "R@1"]].to_string())
         except ValueError as error:
             print(f"none ({error})")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,21 +13,21 @@ from fmfa.errors import ConfigError
 from fmfa.study.claims import VERDICTS, seeds_in_words
 from fmfa.study.curves import OWN
 from fmfa.study.power import gains_of_fmfa, power_table
-from fmfa.study.results import read_rows, references
+from fmfa.study.results import Results, references
 
 STYLES = (":", "-.", "--", (0, (1, 3)), (0, (8, 2)))
 MARKERS = ("o", "s", "D", "^", "v")
 
 
-def plot_comparison(results: str | Path, split: str = "test", seed: int = 0) -> Figure:
+def plot_comparison(results: Results, split: str = "test", seed: int = 0) -> Figure:
     """Show R@1 of every row with its 95 % interval over seeds and identities, its runs, and the reference levels.
 
     Raises:
-        ConfigError: no run of the folder was evaluated.
+        ConfigError: no run was evaluated.
     """
-    rows = read_rows(results, split)
+    rows = results.rows(split)
     if not rows.runs:
-        raise ConfigError(f"{results} holds no run evaluated on {split}")
+        raise ConfigError(f"no run was evaluated on {split}: run notebooks/04_evaluate.ipynb first")
     figure, axis = plt.subplots(figsize=(8, 0.5 * len(rows.runs) + 1.9), layout="constrained")
     for place, name in enumerate(rows.runs):
         mean = rows.mean(name, seed=seed)
@@ -128,7 +127,7 @@ def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label:
     """Show a measure of every run against its R@1, a panel a value of `group`, a colour a system; None without runs.
 
     Args:
-        table: of `grounding_table` or `counterfactual_table`.
+        table: of `grounding_runs` or `counterfactual_runs`.
         group: column of the panels.
         measure: column on the x axis.
         label: what it is, with its unit.

@@ -11,7 +11,7 @@ import yaml
 from fmfa.errors import ConfigError
 from fmfa.evaluation.statistics import RowComparison, further_run, holm, holm_levels
 from fmfa.study.levels import published_gains
-from fmfa.study.results import CHANCE, Rows, finished_evaluation, read_rows, references
+from fmfa.study.results import CHANCE, SHUFFLED, Results, Rows, references
 
 CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
 SHIPPED = CLAIMS.parent / "results" / "standard"  # the rows of the study with several seeds each
@@ -26,11 +26,10 @@ AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
 SIDES = ("above", "below", "not above")
 
 
-def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
+def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
     """Each claim of `data/claims.yml` with what was published, what was measured, and a verdict.
 
     Args:
-        results: folder with one folder a run.
         split: of the comparison.
         seed: of the bootstrap and the permutations.
         kind: "claims" of the papers, "controls" that must come out, "oracles" that use the true part maps, or "forms",
@@ -48,7 +47,7 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
     Raises:
         ConfigError: two runs were evaluated on different queries, or no such kind.
     """
-    claims, rows = read_claims(kind), read_rows(results, split)
+    claims, rows = read_claims(kind), results.rows(split)
     compared = [rows.compare(claim["row"], claim["minus"], seed=seed) for claim in claims]
     lines = [_measured(rows, claim, one) for claim, one in zip(claims, compared, strict=True)]
     table = pd.DataFrame(lines).join(corrected_columns(compared))
@@ -60,15 +59,15 @@ def claims_table(results: str | Path, split: str = "test", seed: int = 0, kind: 
     return table[[*first, *table.columns.drop(first)]]
 
 
-def claims_in_short(results: str | Path, table: pd.DataFrame, split: str = "test") -> str:
+def claims_in_short(results: Results, table: pd.DataFrame, split: str = "test") -> str:
     """Say in one paragraph what a table of claims says: on which data, over how many seeds, and which verdicts.
 
     Args:
-        results: folder that the table was made of.
+        results: what the table was made of.
         table: of `claims_table`.
         split: of the comparison.
     """
-    rows, told = read_rows(results, split), []
+    rows, told = results.rows(split), []
     if not rows.runs:
         return "no run was evaluated."
     for verdict in VERDICTS:
@@ -76,7 +75,7 @@ def claims_in_short(results: str | Path, table: pd.DataFrame, split: str = "test
         listed = f" ({'; '.join(names)})" if verdict in (HOLDS, FAILS) else ""
         told += [f"{len(names)} {_SPOKEN[verdict][len(names) > 1]}{listed}"] if names else []
     people, seeds = len(np.unique(rows.identity)), table.loc[table["seeds"] > 0, "seeds"]
-    tested = finished_evaluation(next(iter(rows.folders.values())), split).get("dataset")
+    tested = results.own("identities", split)["tested_on"].iloc[0]
     counted = f", {seeds_in_words(seeds)} per row" if len(seeds) else ""
     corrected = "; corrected for the number of claims (Holm, 5 %)" if table["p (Holm)"].notna().any() else ""
     draw = " One seed is one draw: another training would give other numbers." if 1 in set(seeds) else ""
@@ -193,7 +192,7 @@ def _control(expected: str, found: bool, above: bool, measured: str) -> tuple[st
     return UNCLEAR, f"{measured}: {side} by more than the noise."
 
 
-def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
+def rows_paired_table(results: Results, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
     """Compare every row of the study with a baseline row over the seeds that both have, on the same queries.
 
     Returns:
@@ -207,7 +206,7 @@ def rows_paired_table(results: str | Path, baseline_row: str, split: str = "test
     Raises:
         ConfigError: two runs were evaluated on different queries.
     """
-    rows = read_rows(results, split)
+    rows = results.rows(split)
     names = [name for name in rows.names if name != baseline_row]
     found = [rows.compare(name, baseline_row, seed=seed) for name in names]
     levels = ({"row": name, "minus": baseline_row, "R@1": 100 * np.nanmean(rows.values(name))} for name in names)
@@ -247,7 +246,7 @@ def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
     return table
 
 
-def _constants(results: str | Path, split: str, rows: Rows, baseline: str) -> pd.DataFrame:
+def _constants(results: Results, split: str, rows: Rows, baseline: str) -> pd.DataFrame:
     """Levels without queries of their own: chance, the ceiling, and zero-shot where only its level was kept."""
     base = 100 * np.nanmean(rows.values(baseline)) if baseline in rows.names else np.nan
     known = {name: level["R@1"][0] for name, level in references(results, split).items() if name not in rows.starts}
@@ -259,14 +258,14 @@ def _constants(results: str | Path, split: str, rows: Rows, baseline: str) -> pd
     )
 
 
-def shuffled_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+def shuffled_table(results: Results, split: str = "test", seed: int = 0) -> pd.DataFrame:
     """R@1 (percent) of every row whose captions were shuffled at evaluation, against chance; empty where none was.
 
     `at chance` says whether the 95 % interval over seeds and identities holds the chance level.
     """
-    rows, lines = read_rows(results, split, "shuffled"), []
+    rows, levels, lines = results.rows(split, SHUFFLED), references(results, split), []
     for name in rows.runs:
-        chance, mean = references(results, split)[CHANCE]["R@1"][0], rows.mean(name, seed=seed)
+        chance, mean = levels[CHANCE]["R@1"][0], rows.mean(name, seed=seed)
         low, high = 100 * mean.low, 100 * mean.high
         lines.append({"row": name, "seeds": len(rows.runs[name]), "R@1": 100 * mean.estimate, "low": low, "high": high,
                       "chance": chance, "at chance": bool(low <= chance <= high)})  # fmt: skip

@@ -1,61 +1,57 @@
 """Does better grounding, or a better answer to a changed attribute, go with better retrieval?"""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fmfa.records import read_record
 from fmfa.study.claims import read_claims
-from fmfa.study.results import METRICS, find_table, read_queries, row_and_seed, run_folders
+from fmfa.study.results import METRICS, Results
 
 FEWEST_ROWS = 5
+_RUN = ["row", "seed", "system", METRICS[0]]
 
 
-def grounding_runs(results: str | Path, split: str = "test") -> pd.DataFrame:
-    """Grounding and retrieval of every run that has both, a line each run and map; empty where no run has.
+def grounding_runs(results: Results, split: str = "test") -> pd.DataFrame:
+    """Grounding and retrieval of every run that has both, one line per run and map; empty where no run has.
 
-    Columns: row, seed, system (the method; of oracles, "METHOD with true parts"), map; `pointing game`, its `chance`
-    (the part's area) and their difference `over chance`; `over prior` (the pointing game minus that of "where this
-    part usually is"); `phrases`; `R@1`. Shares in percent, differences in points, of all parts whatever their
-    visibility.
+    Columns: row, seed, system (the method; of oracles, "METHOD with true parts"), R@1; map, phrases; `pointing game`,
+    its `chance` (the part's area) and their difference `over chance`; `over prior` (the pointing game minus that of
+    "where this part usually is"). Shares in percent, differences in points, of all parts whatever their visibility.
     """
-    lines = []
-    for line, table in _runs(results, split, "grounding"):
-        total = table[(table["part"] == "all") & (table["visibility"] == "all")]
-        for found in total.to_dict("records"):
-            hit, chance, prior = (100 * found[name] for name in ("hit", "chance_hit", "prior_hit"))
-            lines.append(line | {"map": found["map"], "phrases": found["phrases"], "pointing game": hit,
-                                 "chance": chance, "over chance": hit - chance, "over prior": hit - prior})  # fmt: skip
-    return pd.DataFrame(lines)
+    table = results.own("grounding", split)
+    table = _beside_retrieval(results, table[(table["part"] == "all") & (table["visibility"] == "all")], split)
+    if table.empty:
+        return table
+    table["pointing game"], table["chance"] = 100 * table["hit"], 100 * table["chance_hit"]
+    table["over chance"] = table["pointing game"] - table["chance"]
+    table["over prior"] = table["pointing game"] - 100 * table["prior_hit"]
+    return table[[*_RUN, "map", "phrases", "pointing game", "chance", "over chance", "over prior"]]
 
 
-def counterfactual_runs(results: str | Path, split: str = "test", attribute: str = "all") -> pd.DataFrame:
-    """How the similarity answers to one changed attribute, a line each run and kind; empty where no run has it.
+def counterfactual_runs(results: Results, split: str = "test", attribute: str = "all") -> pd.DataFrame:
+    """How the similarity answers to one changed attribute, one line per run and kind; empty where no run has it.
 
-    Columns: row, seed, system, kind ("picture" or "caption" was changed), pairs, `moves right` (percent of pairs whose
-    similarity moves the right way, chance 50), `effect` (mean move in standard deviations of unpaired similarities),
-    `R@1` in percent.
+    Columns: row, seed, system, R@1 (percent), kind ("picture" or "caption" was changed), pairs, `moves right` (percent
+    of pairs whose similarity moves the right way, chance 50), `effect` (mean move in standard deviations of unpaired
+    similarities).
     """
-    lines = []
-    for line, table in _runs(results, split, "counterfactual"):
-        for found in table[table["attribute"] == attribute].to_dict("records"):
-            lines.append(line | {"kind": found["kind"], "pairs": found["pairs"], "moves right": 100 * found["right"],
-                                 "effect": found["effect"]})  # fmt: skip
-    return pd.DataFrame(lines)
+    table = results.own("counterfactual", split)
+    table = _beside_retrieval(results, table[table["attribute"] == attribute], split)
+    if table.empty:
+        return table
+    return table.assign(**{"moves right": 100 * table["right"]})[[*_RUN, "kind", "pairs", "moves right", "effect"]]
 
 
-def _runs(results: str | Path, split: str, kind: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+def _beside_retrieval(results: Results, table: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The lines of compared runs with their system and R@1 in percent."""
     oracles = {claim["row"] for claim in read_claims("oracles")}
-    for folder in run_folders(results):
-        path = find_table(folder, split, kind)
-        if path:
-            row, seed = row_and_seed(folder.name)
-            retrieval = 100 * read_queries(folder, split)[METRICS[0]].mean()
-            system = read_record(folder).get("config", {}).get("method", row) + " with true parts" * (row in oracles)
-            yield {"row": row, "seed": seed, "system": system, METRICS[0]: retrieval}, pd.read_csv(path)
+    systems = {
+        run.run: run.config.get("method", run.row) + " with true parts" * (run.row in oracles)
+        for run in results.compared().itertuples()
+    }
+    table = table[table["run"].isin(systems)].reset_index(drop=True)
+    retrieval = results.means(split)[METRICS[0]]
+    return table.assign(system=table["run"].map(systems), **{METRICS[0]: table["run"].map(retrieval)})
 
 
 def correlation_table(table: pd.DataFrame, group: str, measure: str, seed: int = 0) -> pd.DataFrame:
@@ -65,7 +61,7 @@ def correlation_table(table: pd.DataFrame, group: str, measure: str, seed: int =
     is empty with fewer than five rows.
 
     Args:
-        table: of `grounding_table` or `counterfactual_table`.
+        table: of `grounding_runs` or `counterfactual_runs`.
         group: column that separates the correlations, "map" or "kind".
         measure: column that is correlated with R@1.
         seed: of the bootstrap.

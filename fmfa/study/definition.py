@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from fmfa.errors import ConfigError, nearest, told
-from fmfa.files import read_json
+from fmfa.files import PROJECT, read_json
 
 RUNS = "runs"
 SIMPEDES = "SimPEDES"
@@ -30,6 +30,7 @@ class Row:
     core: bool
     seeds: int  # 0 = the scale's
     parameters: dict[str, Any]
+    point: dict[str, Any]  # of a curve: value by variable; else empty
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,13 @@ def expand_rows(defined: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
             if not re.fullmatch(_NAME, name):
                 raise ConfigError(f"study.yml, rows.{group}.over: a point cannot be named {name!r}; use plainer values")
             filled = {key: _fill(value, point) for key, value in parameters.items()}
-            rows[name] = Row(name, group, content.get("core", False), content.get("seeds") or 0, filled)
+            rows[name] = Row(name, group, content.get("core", False), content.get("seeds") or 0, filled, point)
     return rows
+
+
+def study_rows() -> dict[str, Row]:
+    """The rows of the project's study.yml by name; ConfigError if it is not of its form."""
+    return expand_rows(_checked(read_definition(PROJECT / "study.yml"))["rows"])
 
 
 def select_rows(rows: Mapping[str, Row], wanted: str | list[str]) -> list[Row]:

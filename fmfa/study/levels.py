@@ -1,35 +1,19 @@
 """Tables of levels: one system, every run, every row of the study, across domains, and as published."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fmfa.data.annotations import SIMPEDES, Dataset
+from fmfa.data.annotations import Dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.statistics import compare_rows, hierarchical_interval
-from fmfa.records import read_record
 from fmfa.simpedes.truth import is_simpedes, read_dataset_record
-from fmfa.study.results import (
-    CEILING,
-    CHANCE,
-    METRICS,
-    SAME,
-    Level,
-    find_queries,
-    finished_evaluation,
-    read_evaluation,
-    read_queries,
-    read_rows,
-    references,
-    row_and_seed,
-    run_folders,
-    trained_on,
-)
+from fmfa.study.results import CEILING, CHANCE, METRICS, SAME, Level, Results, each_query, references
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "published.csv"
 _Runs = dict[int, pd.DataFrame]  # queries by training seed
@@ -112,38 +96,30 @@ def _cell(value: Any, digits: int, decimals: int = 0) -> str:
     return f"{value:.{digits}g}"
 
 
-def run_results(results: str | Path, split: str = "test") -> pd.DataFrame:
-    """Collect every run under a results folder: name, method, seed, status, best epoch and metrics in percent.
+def run_results(results: Results, split: str = "test") -> pd.DataFrame:
+    """List every run: name, method, seed, status, best epoch and metrics in percent.
 
     Failed, interrupted and unevaluated runs stay in the table, with their status and empty metrics; of a run whose
     evaluation did not finish, or was changed since, the status says so. Chance, the zero-shot level and the ceiling
     follow with the status "reference".
     """
-    rows = []
-    for folder in run_folders(results, points=True):
-        record = read_record(folder)
-        config = record.get("config", {})
-        row = {"run": folder.name, "method": config.get("method"), "preset": config.get("preset"),
-               "objectives": config.get("objectives"), "seed": record.get("seed"), "status": record.get("status"),
-               "best_epoch": record.get("best_epoch")}  # fmt: skip
-        try:
-            if read_evaluation(folder, split):
-                row |= (100 * read_queries(folder, split)[list(METRICS)].mean()).to_dict()
-        except ConfigError as error:
-            row["status"] = f"{row['status']}; left out: {error}"
-        rows.append(row)
-    for name, levels in references(results, split).items():
-        rows.append({"run": name, "status": "reference"} | {metric: level[0] for metric, level in levels.items()})
-    return pd.DataFrame(rows)
+    runs = results.runs
+    configs = pd.DataFrame(list(runs["config"]), columns=["method", "preset", "objectives"])
+    status = [f"{status}; left out: {why}" if why else status for status, why in zip(runs["status"], runs["left_out"])]
+    table = pd.concat([runs["run"], configs, runs["seed"]], axis=1).assign(status=status, best_epoch=runs["best_epoch"])
+    table = table.join(results.means(split), on="run")
+    levels = [{"run": name, "status": "reference"} | {metric: level[0] for metric, level in values.items()}
+              for name, values in references(results, split).items()]  # fmt: skip
+    return pd.concat([table, pd.DataFrame(levels)], ignore_index=True) if levels else table
 
 
-def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.DataFrame:
+def seeds_table(results: Results, split: str = "test", seed: int = 0) -> pd.DataFrame:
     """Return the mean of each row of the study over its seeds, with 95 % intervals over seeds and identities.
 
-    Runs are grouped by name: ROW-SEED. With one seed the interval is over identities alone. Chance, the zero-shot level
-    of the starting weights and the ceiling of the captions follow, as far as the evaluations know them.
+    With one seed the interval is over identities alone. Chance, the zero-shot level of the starting weights and the
+    ceiling of the captions follow, as far as the evaluations know them.
     """
-    found, table = read_rows(results, split), []
+    found, table = results.rows(split), []
     for name, runs in found.runs.items():
         row: dict[str, str | int] = {"row": name, "seeds": len(runs), "queries": len(found.identity)}
         for metric in METRICS:
@@ -155,22 +131,14 @@ def seeds_table(results: str | Path, split: str = "test", seed: int = 0) -> pd.D
     return pd.DataFrame(table, dtype=object).fillna("")
 
 
-def tuning_table(results: str | Path) -> pd.DataFrame:
-    """Return validation R@1 (percent) of the best epoch of every finished run, by learning rate and method.
-
-    Empty where the folder has no finished run, or is not there.
-    """
-    records = [read_record(folder) for folder in run_folders(results, points=True)] if Path(results).is_dir() else []
-    done = [
-        {"learning rate": r["config"]["learning_rate"], "method": r["config"]["method"], "R@1": 100 * r["best"]}
-        for r in records
-        if r.get("status") == "finished"
-        and r.get("best") is not None
-        and {"learning_rate", "method"} <= r.get("config", {}).keys()
-    ]
-    if not done:
+def tuning_table(results: Results) -> pd.DataFrame:
+    """Return validation R@1 (percent) of the best epoch of every finished run, by learning rate and method."""
+    runs = results.runs[(results.runs["status"] == "finished") & results.runs["best"].notna()]
+    done = pd.DataFrame(list(runs["config"]), columns=["learning_rate", "method"])
+    done = done.rename(columns={"learning_rate": "learning rate"}).assign(**{"R@1": 100 * runs["best"].to_numpy()})
+    if (done := done.dropna()).empty:
         return pd.DataFrame()
-    return pd.DataFrame(done).pivot_table(index="learning rate", columns="method", values="R@1", aggfunc="max")
+    return done.pivot_table(index="learning rate", columns="method", values="R@1", aggfunc="max")
 
 
 def published_table() -> pd.DataFrame:
@@ -216,60 +184,39 @@ def read_published() -> pd.DataFrame:
     return table
 
 
-def cross_domain_table(results: str | Path | Sequence[str | Path], split: str = "test", seed: int = 0) -> pd.DataFrame:
+def cross_domain_table(results: Sequence[Results], split: str = "test", seed: int = 0) -> pd.DataFrame:
     """R@1 of the rows that were evaluated on another data set than they were trained on, there and at home.
 
     Args:
-        results: one or several folders with one folder a run each; evaluations in run folders
-            (`queries-SPLIT@DATASET.csv`) and in `on-DATASET/RUN` are found. For both directions between two domains
-            give the results of both.
+        results: for both directions between two domains the results of both.
         split: of the data sets.
         seed: of the bootstrap.
 
     Returns:
-        One line a row, training set and test set; numbers in percent and points. `R@1` with `low` and `high` over seeds
-        and identities. `drop` is the R@1 of the same row trained on the test set's own domain, minus this one, on the
-        same queries over the seeds that both have, with `drop_low` and `drop_high`; empty where that row was not
+        One line per row, training set and test set; numbers in percent and points. `R@1` with `low` and `high` over
+        seeds and identities. `drop` is the R@1 of the same row trained on the test set's own domain, minus this one, on
+        the same queries over the seeds that both have, with `drop_low` and `drop_high`; empty where that row was not
         run. `own` is the R@1 of the same networks at home, on other queries. Empty where no row was tested elsewhere.
 
     Raises:
         ConfigError: no evaluated run, or two evaluations of a test set on different queries.
     """
     found: dict[tuple[str, str, str], _Runs] = {}
-    for row, number, home, away, queries in _evaluations(results, split):
-        found.setdefault((row, home, away), {})[number] = queries
-    if not found:
-        raise ConfigError(f"{results} holds no run evaluated on {split}: run notebooks/04_evaluate.ipynb first")
-    _refuse_other_queries(found)
-    travelled = {row for row, home, away in found if home != away}
-    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])
-
-
-def _evaluations(
-    results: str | Path | Sequence[str | Path], split: str
-) -> Iterator[tuple[str, int, str, str, pd.DataFrame]]:
-    """Yield row, seed, training set, test set and queries of every evaluation."""
-    tops = [Path(top) for top in ([results] if isinstance(results, str | Path) else results)]
-    groups = [group for top in tops for group in (top, *sorted(top.glob("on-*")))]
-    for folder in (run for group in groups for run in run_folders(group)):
-        home = trained_on(folder)
-        for path in sorted([*folder.glob(f"evaluation-{split}.json"), *folder.glob(f"evaluation-{split}@*.json")]):
-            name = path.stem.removeprefix("evaluation-")
-            if find_queries(folder, name):
-                away = finished_evaluation(folder, name)["dataset"]
-                # evaluations that do not name the domain are from before there were others than the run's own
-                away = home if away == SIMPEDES else away
-                yield *row_and_seed(folder.name), home, away, read_queries(folder, name)
-
-
-def _refuse_other_queries(found: dict[tuple[str, str, str], _Runs]) -> None:
     first: dict[str, pd.DataFrame] = {}
-    for (row, _, away), runs in found.items():
-        for number, queries in runs.items():
+    for one in results:
+        table = one.identities
+        table = table[(table["of"] == "run") & (table["split"] == split) & table["run"].isin(one.compared()["run"])]
+        for (row, number, home, away), part in table.groupby(["row", "seed", "trained_on", "tested_on"]):
+            queries = each_query(part)
             if not queries[SAME].equals(first.setdefault(away, queries)[SAME]):
                 raise ConfigError(
                     f"{row}-{number} was evaluated on other queries of {away} than the rest: keep them apart"
                 )
+            found.setdefault((row, home, away), {})[number] = queries
+    if not found:
+        raise ConfigError(f"no run was evaluated on {split}: run notebooks/04_evaluate.ipynb first")
+    travelled = {row for row, home, away in found if home != away}
+    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])
 
 
 def _line(found: dict[tuple[str, str, str], _Runs], row: str, home: str, away: str, seed: int) -> dict:

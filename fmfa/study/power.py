@@ -1,7 +1,6 @@
 """What differences the study can see: variance components of its comparisons, and the seeds and identities it takes."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ from scipy import stats
 from fmfa.evaluation.power import Components, seeds_needed, smallest_difference, variance_components
 from fmfa.study.claims import read_claims
 from fmfa.study.levels import published_gains
-from fmfa.study.results import read_rows
+from fmfa.study.results import Results
 
 GAIN = ("FMFA", "IRRA (re-run by the FMFA authors)")
 SEEDS = (2, 3, 5, 10, 20)
@@ -18,7 +17,7 @@ IDENTITIES = (200, 1000, 5000)
 COMPONENTS = ("seed", "identity", "query", "seed x identity", "seed x query")
 
 
-def components_table(results: str | Path, split: str = "test") -> pd.DataFrame:
+def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     """Variance components of the paired differences that the claims speak of, as standard deviations in points of R@1.
 
     Returns:
@@ -26,7 +25,7 @@ def components_table(results: str | Path, split: str = "test") -> pd.DataFrame:
         identities, queries, then the components (see `fmfa.evaluation.power.Components`), and `seed means` with its
         95 % interval by chi-square: the spread of whole seeds, known only roughly from a few. Empty without pairs.
     """
-    rows, lines = read_rows(results, split), []
+    rows, lines = results.rows(split), []
     pairs = {(claim["row"], claim["minus"]) for claim in read_claims()}
     for row, minus in sorted(pair for pair in pairs if set(pair) <= set(rows.runs)):
         sides = rows.pair(row, minus)

@@ -1,16 +1,19 @@
-"""What an evaluated run leaves behind, and what the comparison reads of it.
+"""What an evaluated run leaves behind, and the few long tables that the comparison reads of all runs.
 
 An evaluation is its tables (CSV) and `evaluation-SPLIT.json`, which is written last, lists them by checksum and has one
 of its own. What is not listed, or is not as listed, is not read: an evaluation counts once it has finished.
+
+`read_results` reads a folder of runs, or of the files that `export_results` writes, into the same frames (`Results`).
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +21,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fmfa.data.annotations import Dataset
+from fmfa.data.annotations import SIMPEDES, Dataset
 from fmfa.data.datasets import which_dataset
 from fmfa.errors import ConfigError, checked
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, shuffle_captions
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, read_json, said_plainly, whole_file, write_json
 from fmfa.notebook import require_results
-from fmfa.records import METRICS as METRICS_FILE
-from fmfa.records import RECORD, read_record
+from fmfa.records import RECORD, read_metrics, read_record
 from fmfa.simpedes.truth import is_simpedes, read_dataset_record
+from fmfa.study.definition import study_rows
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-CHANCE, ZERO_SHOT, CEILING = "chance", "zero-shot", "ceiling of the captions"
-_EVALUATION, _QUERIES, _IDENTITIES, _CHECKSUM = "evaluation", "queries", "identities", "checksum"
+CHANCE, ZERO_SHOT, CEILING, SHUFFLED = "chance", "zero-shot", "ceiling of the captions", "shuffled"
+_EVALUATION, _QUERIES, _CHECKSUM = "evaluation", "queries", "checksum"
 Level = tuple[float, float | None, float | None]  # value and interval in percent
 SAME = ["identity", "image"]
+_KEYS = ["run", "row", "seed"]
+_TEST = [*_KEYS, "trained_on", "tested_on", "split"]
 
 
 def save_evaluation(
@@ -49,7 +54,7 @@ def save_evaluation(
     The tables are `queries-SPLIT.csv` (one row per caption: identity, image, rank of the first hit, and the metrics as
     fractions), the same of the control with shuffled captions (`queries-SPLIT-shuffled.csv`) and of the starting
     weights, and `KIND-SPLIT.csv` for each of `tables`. On another data set than the run's own, SPLIT is
-    "test@SimPEDES-station" (`names.results_split`), so that no file takes another's place.
+    "test@SimPEDES-station" (`results_split`), so that no file takes another's place.
 
     Args:
         evaluation: of the run.
@@ -142,184 +147,292 @@ def _not_as_listed(path: Path, record: Mapping) -> str:
     return wrong and f"{wrong} is missing or not as {path.name} lists it"
 
 
-def finished_evaluation(folder: str | Path, split: str) -> dict[str, Any]:
-    """The record of `read_evaluation`; empty too where the evaluation did not finish (`run_results` tells which)."""
-    try:
-        return read_evaluation(folder, split)
-    except ConfigError:
-        return {}
+@dataclass(frozen=True)
+class Results:
+    """All results of a folder as long tables.
+
+    Every table names the `run`, its `row` of the study and its `seed`; those of evaluations also the data sets that the
+    run was `trained_on` and `tested_on`, and the `split`.
+
+    Attributes:
+        runs: one line per run: what `run.json` holds, with `config`, `versions`, `git` and `resumed` as dict and list;
+            `curve` and `point` (the value of each variable, a dict) for points of a curve or grid of study.yml;
+            `left_out`, why an evaluation of it is not read.
+        identities: metrics of text-to-image queries as fractions, one line per query, or in exported results one per
+            identity with the sums over its `queries`; `of` is "run", "zero-shot" (the weights it started from) or
+            "shuffled"
+            (captions shuffled; exported without mAP and mINP).
+        levels: what each evaluation says of itself in percent, one line per metric and direction, with 95 % interval
+            and chance; `of` is "run", "zero-shot" or "ceiling of the captions".
+        metrics: of the training, one line per value (see `fmfa.records.read_metrics`).
+        grounding: see `fmfa.analysis.grounding.measure_grounding`.
+        counterfactual: see `fmfa.analysis.counterfactual.measure_counterfactual`.
+        epochs: one line per epoch and identity: its `queries` and how many of them found it first (`R@1`).
+    """
+
+    runs: pd.DataFrame
+    identities: pd.DataFrame
+    levels: pd.DataFrame
+    metrics: pd.DataFrame
+    grounding: pd.DataFrame
+    counterfactual: pd.DataFrame
+    epochs: pd.DataFrame
+
+    def compared(self) -> pd.DataFrame:
+        """The runs that are compared as rows: all but points of curves, or those if the folder has nothing else."""
+        rows = self.runs[~self.runs["point"].astype(bool)]
+        return rows if len(rows) else self.runs
+
+    def own(self, name: str, split: str) -> pd.DataFrame:
+        """The part of a table of evaluations that is on a split of each run's own data set."""
+        table = getattr(self, name)
+        return table[(table["split"] == split) & (table["tested_on"] == table["trained_on"])]
+
+    def queries(self, split: str, of: str = "run") -> dict[str, pd.DataFrame]:
+        """Metrics of each query on the runs' own data set, by run (see `each_query`)."""
+        table = self.own("identities", split)
+        return {run: each_query(part) for run, part in table[table["of"] == of].groupby("run", sort=False)}
+
+    def means(self, split: str) -> pd.DataFrame:
+        """Mean metrics in percent of every run on a split of its own data set, by run."""
+        table = self.own("identities", split)
+        table = table[(table["of"] == "run") & table["R@1"].notna()]
+        sums = table.groupby("run", sort=False)[["queries", *METRICS]].sum()
+        return 100 * sums[list(METRICS)].div(sums["queries"], axis=0)
+
+    def rows(self, split: str, of: str = "run") -> "Rows":
+        """The queries by row and seed.
+
+        Raises:
+            ConfigError: two runs were evaluated on different queries.
+        """
+        queries, starts, names = self.queries(split, of), self.queries(split, ZERO_SHOT), start_names(self.runs)
+        rows = Rows({}, {})
+        first = None
+        for run in self.compared().itertuples():
+            if run.run not in queries:
+                continue
+            table = queries[run.run]
+            first = first or (run.run, table[SAME])
+            if not table[SAME].equals(first[1]):
+                raise ConfigError(f"{run.run} was evaluated on other queries than {first[0]}: keep them apart")
+            rows.runs.setdefault(run.row, {})[run.seed] = table
+            if run.run in starts and run.run in names and starts[run.run][SAME].equals(first[1]):
+                rows.starts.setdefault(names[run.run], starts[run.run])
+        return rows
 
 
-def find_table(folder: str | Path, split: str, *kinds: str, suffix: str = "") -> Path | None:
-    """Path of the first of `KIND-SPLIT[-SUFFIX].csv` that a run's finished evaluation lists; None without any."""
-    listed = finished_evaluation(folder, split).get("files", {})
-    names = (f"{kind}-{split}{'-' * bool(suffix)}{suffix}.csv" for kind in kinds)
-    return next((Path(folder) / name for name in names if name in listed), None)
+_COLUMNS = {
+    "runs": [*_KEYS, "curve", "point", "trained_on", "left_out", "config", "status", "best", "best_epoch"],
+    "identities": [*_TEST, "of", "identity", "queries", *METRICS],
+    "levels": [*_TEST, "of", "direction", "metric", "value", "low", "high", "chance", "queries", "gallery"],
+    "metrics": [*_KEYS, "split", "epoch", "step", "metric", "value"],
+    "grounding": [*_TEST, "map", "part", "visibility", "phrases"],
+    "counterfactual": [*_TEST, "kind", "attribute", "pairs"],
+    "epochs": [*_TEST, "epoch", "identity", "queries", METRICS[0]],
+}
+_FORMATS = {"identities": "%.5g", "metrics": "%.6g", "grounding": "%.6g", "counterfactual": "%.6g"}
+_JSON = ("point", "config", "versions", "git", "resumed")
 
 
-def find_queries(folder: str | Path, split: str, kind: str = "") -> Path | None:
-    """Path of a run's queries, or of their sums by identity in an exported run; None where there are neither."""
-    return find_table(folder, split, _QUERIES, _IDENTITIES, suffix=kind)
+def each_query(table: pd.DataFrame) -> pd.DataFrame:
+    """One line per query of a part of `Results.identities`: identity, image and metrics.
+
+    Of exported results each query has its identity's mean, and no image. Every mean, interval and test of this package
+    is over identities, so they are the same.
+    """
+    means = table[SAME].join(table[list(METRICS)].div(table["queries"], axis=0))
+    return means.loc[table.index.repeat(table["queries"])].reset_index(drop=True)
 
 
-def read_queries(folder: str | Path, split: str, kind: str = "") -> pd.DataFrame:
-    """Read what was written for each query of a run.
-
-    Of an exported run only the sums over each identity's queries are kept: each query then has its identity's mean, and
-    no image. Every mean, interval and test of this package is over identities, so they are the same. `kind` is "" for
-    the run itself, "zero-shot" for the weights it started from, "shuffled" for shuffled captions.
+def read_results(folder: str | Path) -> Results:
+    """Read a folder with one folder per run, or one that `export_results` wrote; without either all tables are empty.
 
     Raises:
-        ConfigError: the run was not evaluated, or its evaluation did not finish.
+        ConfigError: a file of an exported folder is missing or damaged.
     """
-    path = find_queries(folder, split, kind)
-    if path is None:
-        read_evaluation(folder, split)
-        of = f" of {kind}" if kind else ""
-        raise ConfigError(f"{folder} has no evaluation on {split}{of}: run notebooks/04_evaluate.ipynb on it first")
-    table = pd.read_csv(path)
-    if path.name.startswith(_QUERIES):
-        return table
-    means = table[list(METRICS)].div(table["queries"], axis=0)
-    table = pd.concat([table["identity"], means], axis=1).loc[table.index.repeat(table["queries"])]
-    return table.assign(image="").reset_index(drop=True)
+    folder, runs = Path(folder), read_runs(folder)
+    if _file(folder, "runs").is_file():
+        return Results(runs, **{name: _read_table(folder, name) for name in _COLUMNS if name != "runs"})
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in _COLUMNS if name != "runs"}
+    left_out = []
+    for run in runs.itertuples():
+        keys = {"run": run.run, "row": run.row, "seed": run.seed}
+        tables["metrics"].append(read_metrics(folder / run.run).assign(**keys))
+        left_out.append("")
+        for name in _evaluated(folder / run.run):
+            try:
+                record = read_evaluation(folder / run.run, name)
+            except ConfigError as error:
+                left_out[-1] = str(error)
+                continue
+            # evaluations that do not name the domain are from before there were others than the run's own
+            tested = record.get("dataset", SIMPEDES)
+            tested = run.trained_on if run.trained_on and tested == SIMPEDES else tested
+            keys |= {"trained_on": run.trained_on or tested, "tested_on": tested, "split": record.get("split", name)}
+            for kind, table in _tables(folder / run.run, name, record):
+                tables[kind].append(table.assign(**keys))
+    return Results(runs.assign(left_out=left_out), **{name: _joined(name, parts) for name, parts in tables.items()})
 
 
-def run_folders(results: str | Path, points: bool = False) -> list[Path]:
-    """Return the folders of the runs under a results folder, in order of their names.
-
-    Points of curves, which have a table of their own (`fmfa.study.curves`), are among them only where `points` is
-    True or the folder has nothing else.
-    """
-    found = [path.parent for path in sorted(Path(results).glob(f"*/{RECORD}"))]
-    rows = [folder for folder in found if not is_point(folder.name)]
-    return found if points or not rows else rows
-
-
-def is_point(run: str) -> bool:
-    """Whether a run or row is a point of a curve of `study.yml`, by its name."""
-    return "=" in run
-
-
-def row_and_seed(run: str) -> tuple[str, int]:
-    """Split a run's name ROW-SEED; a name without a number is a row of its own with seed 0."""
-    found = re.fullmatch(r"(.+)-(\d+)", run)
-    return (found[1], int(found[2])) if found else (run, 0)
+def read_runs(folder: str | Path) -> pd.DataFrame:
+    """Read the records of the runs of a folder, in order of their names, as `Results.runs`."""
+    folder = Path(folder)
+    if _file(folder, "runs").is_file():
+        return _read_table(folder, "runs")
+    study, lines = study_rows(), []
+    for path in sorted(folder.glob(f"*/{RECORD}")):
+        record, run = read_record(path.parent), path.parent.name
+        row = run.removesuffix(f"-{record.get('seed', 0)}")
+        point = study[row].point if row in study else {}
+        known = {"run": run, "row": row, "seed": 0, "curve": study[row].group if point else "", "point": point,
+                 "trained_on": trained_on(path.parent), "left_out": "", "config": {}, "status": None, "best": None,
+                 "best_epoch": None}  # fmt: skip
+        lines.append(known | record)
+    return _joined("runs", [pd.DataFrame(lines)] if lines else [])
 
 
-def start_names(results: str | Path) -> dict[Path, str]:
-    """Name the starting weights of every run folder but those of runs from random weights.
+def _evaluated(folder: Path) -> list[str]:
+    """Names of the evaluations in a run's folder: "test", or "test@DATASET" on another data set."""
+    paths = [*folder.glob(f"{_EVALUATION}-*.json"), *folder.glob(f"{_QUERIES}-*.csv")]
+    names = (path.stem.split("-", 1)[1].removesuffix(f"-{SHUFFLED}").removesuffix(f"-{ZERO_SHOT}") for path in paths)
+    return sorted(set(names))
+
+
+def _tables(folder: Path, name: str, record: Mapping[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tables of one evaluation with the name of the frame that each is a part of."""
+    for of in ("run", ZERO_SHOT, SHUFFLED):
+        if (file := f"{_QUERIES}-{name}{f'-{of}' * (of != 'run')}.csv") in record["files"]:
+            yield "identities", pd.read_csv(folder / file).assign(of=of, queries=1)
+    for kind in ("grounding", "counterfactual", "epochs"):
+        if (file := f"{kind}-{name}.csv") in record["files"]:
+            yield kind, pd.read_csv(folder / file)
+    for of, key in (("run", "metrics"), (ZERO_SHOT, "zero_shot")):
+        yield "levels", pd.DataFrame(record.get(key, ()), columns=_COLUMNS["levels"][len(_TEST) + 1 :]).assign(of=of)
+    if ceiling := record.get("ceiling"):
+        values = {"metric": METRICS, "value": [100 * ceiling[metric] for metric in METRICS]}
+        yield "levels", pd.DataFrame(values).assign(of=CEILING, direction=TEXT_TO_IMAGE)
+
+
+def _joined(name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
+    parts = [part for part in parts if len(part)]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    first = [*_COLUMNS[name], *(["image"] if name == "identities" else [])]
+    return table.reindex(columns=[*first, *table.columns.drop(first, errors="ignore")])
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.csv{'.gz' * (name != 'runs')}"
+
+
+def _read_table(folder: Path, name: str) -> pd.DataFrame:
+    path = _file(folder, name)
+    try:
+        table = pd.read_csv(path, dtype={"run": str, "row": str, "seed": "int64"})
+        table = table.fillna(dict.fromkeys(("curve", "trained_on", "left_out"), ""))
+        table = table.assign(**{column: table[column].map(json.loads) for column in _JSON if column in table})
+        if not all(isinstance(value, dict) for column in ("config", "point") for value in table.get(column, ())):
+            raise ValueError("config and point must be JSON objects")
+        table = table[[*_COLUMNS[name], *table.columns.drop(_COLUMNS[name])]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise ConfigError(f"{path} is damaged or missing ({error}); export the runs again, or restore it") from error
+    return table.assign(image="") if name == "identities" else table
+
+
+def start_names(runs: pd.DataFrame) -> dict[str, str]:
+    """Name the starting weights of every run but those from random weights.
 
     They are "zero-shot" for the two-stream systems and "zero-shot IVT" for IVT; weights other than the first ones
-    found of either have their file's name behind: "zero-shot IVT (tiny_ivt_equal)".
+    of either have their file's name behind: "zero-shot IVT (tiny_ivt_equal)".
     """
-    names: dict[Path, str] = {}
-    first: dict[str, str] = {}
-    for folder in run_folders(results, points=True):
-        config = read_record(folder).get("config", {})
+    names, first = {}, {}
+    for run, config in zip(runs["run"], runs["config"], strict=True):
         weights = config.get("weights", "")
         if weights != "none":
             name = f"{ZERO_SHOT} IVT" if config.get("method") == "ivt" else ZERO_SHOT
             same = first.setdefault(name, weights) == weights
-            names[folder] = name if same else f"{name} ({Path(weights).stem or 'shipped'})"
+            names[run] = name if same else f"{name} ({Path(weights).stem or 'shipped'})"
     return names
 
 
-def references(results: str | Path, split: str) -> dict[str, dict[str, Level]]:
+def references(results: Results, split: str) -> dict[str, dict[str, Level]]:
     """Levels to compare rows with, by name and metric: chance, zero-shot and the ceiling, as far as they are known."""
+    table, names = results.own("levels", split), start_names(results.runs)
+    table = table[(table["direction"] == TEXT_TO_IMAGE) & table["run"].isin(results.compared()["run"])]
     known: dict[str, dict[str, Level]] = {}
     ceiling: dict[str, Level] = {}
-    names = start_names(results)
-    for folder in run_folders(results):
-        record = finished_evaluation(folder, split)
-        if not record:
-            continue
-        forward = [m for m in record["metrics"] if m["direction"] == TEXT_TO_IMAGE]
-        known.setdefault(CHANCE, {m["metric"]: (m["chance"], None, None) for m in forward})
-        start = [m for m in record.get("zero_shot", ()) if m["direction"] == TEXT_TO_IMAGE]
-        if start and folder in names:
-            known.setdefault(names[folder], {m["metric"]: (m["value"], m["low"], m["high"]) for m in start})
-        ceiling = {m: (100 * record["ceiling"][m], None, None) for m in METRICS} if record.get("ceiling") else ceiling
+    for (run, of), part in table.groupby(["run", "of"], sort=False):
+        values = {line.metric: (line.value, line.low, line.high) for line in part.itertuples()}
+        if of == "run":
+            known.setdefault(CHANCE, {line.metric: (line.chance, None, None) for line in part.itertuples()})
+        elif of == CEILING:
+            ceiling = values
+        elif run in names:
+            known.setdefault(names[run], values)
     return known | ({CEILING: ceiling} if ceiling else {})
 
 
-def export_results(results: str | Path, target: str | Path) -> list[Path]:
-    """Copy what the tables of `notebooks/05_ablation.ipynb` read, without checkpoints and notebooks.
+def export_results(results: str | Path, target: str | Path) -> list[str]:
+    """Write what `read_results` reads of a folder of runs to one file per table: `runs.csv`, the others `NAME.csv.gz`.
 
-    What `target` holds already stays, so that results may come from several places. Evaluations on other domains
-    (`on-DATASET`) are copied too. Queries become sums by identity (see `read_queries`), of each starting weights only
-    the first queries are kept, rows before points, and a data folder in the project loses the path of the project.
-    `python -m fmfa.study runs/standard data/results/standard` makes the committed tables.
+    What `target` holds of other runs stays, so that results may come from several places. Queries become sums by
+    identity (see `each_query`), of each starting weights only the first queries are kept, rows before points, and a
+    data folder in the project loses the path of the project.
+    `python -m fmfa.study.results runs/standard data/results/standard` makes the committed tables.
 
     Returns:
-        The folders written, one per run.
+        The runs that were written.
 
     Raises:
-        ConfigError: no run in the folder, an evaluation that did not finish, or a target that is the folder itself or
-            cannot be written.
+        ConfigError: no run in the folder, an evaluation that did not finish, or a target that is the folder itself,
+            holds folders of runs, or cannot be written.
     """
     results, target = Path(results), Path(target)
-    others = [other for other in sorted(results.glob("on-*")) if run_folders(other)]
-    runs = run_folders(results, points=True)
-    if not runs and not others:
+    new = read_results(results)
+    if new.runs.empty:
         raise ConfigError(f"{results} holds no run; expected a folder with one folder per run, as `make study` writes")
-    if results.resolve() == target.resolve():
-        raise ConfigError(f"{target} is the folder that is copied; give another one")
+    if results.resolve() == target.resolve() or any(target.glob(f"*/{RECORD}")):
+        raise ConfigError(f"{target} is a folder of runs, or the one that is copied; give another one")
+    for wrong in filter(None, new.runs["left_out"]):
+        raise ConfigError(wrong)
+    old = read_results(target)
+    tables = {}
+    for name in _COLUMNS:
+        kept = getattr(old, name)
+        parts = [kept[~kept["run"].isin(new.runs["run"])], getattr(new, name)]
+        tables[name] = _joined(name, parts).sort_values("run", kind="stable", ignore_index=True)
+    tables["runs"]["config"] = [_portable(config) for config in tables["runs"]["config"]]
+    tables["identities"] = _one_start(tables["runs"], _by_identity(tables["identities"]))
     with said_plainly(f"{target} cannot be written"):
-        for run in runs:
-            _export_run(run, target / run.name)
-        _keep_one_start(target)
-    return [*(target / run.name for run in runs), *(f for o in others for f in export_results(o, target / o.name))]
+        target.mkdir(parents=True, exist_ok=True)
+        for name, table in reversed(tables.items()):  # runs.csv last
+            table = table.assign(**{column: table[column].map(json.dumps) for column in _JSON if column in table})
+            content = table.to_csv(index=False, float_format=_FORMATS.get(name)).encode()
+            with whole_file(_file(target, name)) as temporary:
+                temporary.write_bytes(content if name == "runs" else gzip.compress(content, mtime=0))
+    return list(new.runs["run"])
 
 
-def _export_run(run: Path, folder: Path) -> None:
-    paths = [*run.glob(f"{_EVALUATION}-*.json"), *run.glob(f"{_QUERIES}-*.csv")]
-    names = (path.stem.split("-", 1)[1].removesuffix("-shuffled").removesuffix(f"-{ZERO_SHOT}") for path in paths)
-    evaluations = {split: read_evaluation(run, split) for split in sorted(set(names))}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in filter(lambda name: (run / name).is_file(), (RECORD, METRICS_FILE)):
-        _copy(run / name, folder)
-    record = read_record(run)
-    root = Path(record.get("config", {}).get("root", ""))
-    if root.is_relative_to(PROJECT):
-        record["config"]["root"] = str(root.relative_to(PROJECT))
-        write_json(folder / RECORD, record)
-    for split, evaluation in evaluations.items():
-        names = [_sum_by_identity(run / name, folder) if name.startswith(_QUERIES) else _copy(run / name, folder)
-                 for name in evaluation["files"]]  # fmt: skip
-        _list_files(folder, split, evaluation, names)
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    root = Path(config.get("root", ""))
+    return config | {"root": str(root.relative_to(PROJECT))} if root.is_relative_to(PROJECT) else config
 
 
-def _copy(path: Path, folder: Path) -> str:
-    with whole_file(folder / path.name) as temporary:
-        shutil.copyfile(path, temporary)
-    return path.name
+def _by_identity(queries: pd.DataFrame) -> pd.DataFrame:
+    keys = [*_TEST, "of", "identity"]
+    sums = queries.dropna(subset=["R@1"]).groupby(keys, sort=False, as_index=False)[["queries", *METRICS]].sum()
+    sums.loc[sums["of"] == SHUFFLED, ["mAP", "mINP"]] = np.nan  # a third of all bytes, and not read
+    return sums
 
 
-def _sum_by_identity(path: Path, folder: Path) -> str:
-    queries = pd.read_csv(path).dropna(subset=["R@1"]).groupby("identity", sort=False)
-    sums = queries[list(METRICS)].sum()
-    sums.insert(0, "queries", queries.size())
-    name = path.name.replace(_QUERIES, _IDENTITIES, 1)
-    with whole_file(folder / name) as temporary:
-        sums.to_csv(temporary, float_format="%.5g")
-    return name
-
-
-def _keep_one_start(results: Path) -> None:
-    """Delete all but the first exported queries of each starting weights and split, and those of random weights."""
-    names, seen = start_names(results), set()
-    for folder in sorted(run_folders(results, points=True), key=lambda folder: is_point(folder.name)):
-        for path in sorted(folder.glob(f"{_EVALUATION}-*.json")):
-            split = path.stem.removeprefix(f"{_EVALUATION}-")
-            start = find_queries(folder, split, ZERO_SHOT)
-            if start is None:
-                continue
-            if folder not in names or (names[folder], split) in seen:
-                record = read_evaluation(folder, split)
-                _list_files(folder, split, record, [name for name in record["files"] if name != start.name])
-                start.unlink()
-            seen.add((names.get(folder), split))
+def _one_start(runs: pd.DataFrame, identities: pd.DataFrame) -> pd.DataFrame:
+    """Leave out all but the first queries of each starting weights and test set, and those of random weights."""
+    start = identities[identities["of"] == ZERO_SHOT]
+    points = runs.set_index("run")["point"].astype(bool)
+    start = start.assign(name=start["run"].map(start_names(runs)), point=start["run"].map(points))
+    start = start.sort_values("point", kind="stable")
+    first = start.groupby(["name", "tested_on", "split"])["run"].transform("first")
+    return identities.drop(start.index[start["run"] != first])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -346,13 +459,10 @@ def trained_on(folder: str | Path) -> str:
 def results_split(folder: str | Path, dataset: Dataset, split: str) -> str:
     """Name a split in the files of a run's folder: "test", or "test@SimPEDES-station" on another data set than its own.
 
-    So a cross-domain evaluation never takes the place of the run's own, and tables read it as a split of that name.
-    A folder whose record is a link to a run elsewhere holds one evaluation, and keeps the plain name.
+    So a cross-domain evaluation never takes the place of the run's own.
     """
     own, name = trained_on(folder), dataset.name
-    if not own or own == name or (Path(folder) / RECORD).is_symlink():
-        return split
-    return f"{split}@{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
+    return split if own in ("", name) else f"{split}@{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
 
 
 @dataclass(frozen=True)
@@ -361,13 +471,11 @@ class Rows:
 
     Attributes:
         runs: by row and training seed.
-        starts: of the starting weights, which have no seed, by name (see `files.start_names`).
-        folders: of the runs, by row and seed.
+        starts: of the starting weights, which have no seed, by name (see `start_names`).
     """
 
     runs: dict[str, dict[int, pd.DataFrame]]
     starts: dict[str, pd.DataFrame]
-    folders: dict[tuple[str, int], Path]
 
     @property
     def identity(self) -> np.ndarray:
@@ -407,33 +515,6 @@ class Rows:
         return compare_rows(*found, self.identity, np.random.default_rng(seed)) if found else None
 
 
-def read_rows(results: str | Path, split: str, kind: str = "") -> Rows:
-    """Read the queries of every evaluated run of a folder; `kind` as in `files.read_queries`.
-
-    Raises:
-        ConfigError: two runs were evaluated on different queries.
-    """
-    runs: dict[str, dict[int, pd.DataFrame]] = {}
-    starts: dict[str, pd.DataFrame] = {}
-    folders: dict[tuple[str, int], Path] = {}
-    first: tuple[Path, pd.DataFrame] | None = None
-    names = start_names(results)
-    for folder in run_folders(results):
-        if find_queries(folder, split, kind) is None:
-            continue
-        table = read_queries(folder, split, kind)
-        first = first or (folder, table)
-        if not table[SAME].equals(first[1][SAME]):
-            raise ConfigError(f"{folder} was evaluated on other queries than {first[0].name}: keep them apart")
-        row, seed = row_and_seed(folder.name)
-        runs.setdefault(row, {})[seed], folders[row, seed] = table, folder
-        name = names.get(folder)
-        if name and name not in starts and find_queries(folder, split, "zero-shot"):
-            start = read_queries(folder, split, "zero-shot")
-            starts |= {name: start} if start[SAME].equals(table[SAME]) else {}
-    return Rows(runs, starts, folders)
-
-
 @checked
 class CompareParameters:
     """Parameters of `notebooks/05_ablation.ipynb`, checked."""
@@ -449,7 +530,7 @@ class CompareParameters:
         """Check that there are the results folders, and runs of the baseline row in the first; raises ConfigError."""
         for folder in (self.results, *self.away):
             require_results(folder)
-        rows = sorted({row_and_seed(path.parent.name)[0] for path in Path(self.results).glob("*/run.json")})
+        rows = sorted(set(read_runs(self.results)["row"]))
         if self.baseline not in rows:
             raise ConfigError(f"baseline is {self.baseline!r}; {self.results} has runs of the rows {', '.join(rows)}")
 

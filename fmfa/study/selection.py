@@ -7,7 +7,7 @@ import pandas as pd
 
 from fmfa.data.annotations import Dataset
 from fmfa.records import read_record
-from fmfa.study.results import Rows, find_table, read_rows, row_and_seed, run_folders, trained_on
+from fmfa.study.results import Results, Rows, trained_on
 from fmfa.systems import load_system
 from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints
 
@@ -15,7 +15,7 @@ HALVES = 500
 ALL = "all rows"
 
 
-def selection_table(results: str | Path, split: str = "test", seed: int = 0, halves: int = HALVES) -> pd.DataFrame:
+def selection_table(results: Results, split: str = "test", seed: int = 0, halves: int = HALVES) -> pd.DataFrame:
     """What picking the best run on test claims, and what the picked run is worth on people it was not picked on.
 
     The test identities are cut in two at random, `halves` times. On the first half the run with the highest R@1 is
@@ -32,7 +32,7 @@ def selection_table(results: str | Path, split: str = "test", seed: int = 0, hal
         `lucky run`: `on other people` minus the mean: this run's luck, which another training does not have;
         `chosen on validation`: test R@1 of the run with the best validation R@1 in its `run.json`, an honest number.
     """
-    rows, generator = read_rows(results, split), np.random.default_rng(seed)
+    rows, generator = results.rows(split), np.random.default_rng(seed)
     candidates = {name: [(name, number) for number in sorted(runs)] for name, runs in rows.runs.items()}
     candidates[ALL] = [run for runs in candidates.values() for run in runs]
     if len(rows.runs) < 2:
@@ -43,7 +43,7 @@ def selection_table(results: str | Path, split: str = "test", seed: int = 0, hal
             continue
         values = np.stack([rows.runs[row][number]["R@1"].to_numpy(dtype=np.float64) for row, number in runs])
         lines.append({"row": name, "runs": len(runs)} | _picked(values, rows.identity, generator, halves))
-        lines[-1]["chosen on validation"] = _on_validation(rows, runs)
+        lines[-1]["chosen on validation"] = _on_validation(results, rows, runs)
     return pd.DataFrame(lines)
 
 
@@ -51,24 +51,24 @@ def score_epochs(run: str | Path, dataset: Dataset, split: str, device: str = "c
     """Score every epoch that a run kept (`keep_epochs`) on a split of its own data set, for `epochs_table` alone.
 
     Returns:
-        One line per identity: `identity`, `queries` (their number), and for every epoch how many of them found the
-        identity first. Empty for a run that has not kept all its epochs, or on another data set than the run's own.
+        One line per epoch and identity: epoch, identity, `queries` (their number), and how many of them found the
+        identity first (`R@1`). Empty for a run that has not kept all its epochs, or on another data set than its own.
 
     Raises:
         CheckpointError: the weights of an epoch cannot be read.
     """
     checkpoints, own = epoch_checkpoints(run), trained_on(run) == dataset.name
-    table = pd.DataFrame()
     if not (checkpoints and own and len(checkpoints) == read_record(run).get("config", {}).get("epochs")):
-        return table
+        return pd.DataFrame()
+    tables = []
     for epoch, path in checkpoints.items():
         queries = load_system(path / WEIGHTS, device).evaluate(dataset, split).per_query().dropna(subset=["R@1"])
-        by_identity = queries.groupby("identity")["R@1"]
-        table["queries"], table[str(epoch)] = by_identity.size(), by_identity.sum()
-    return table.reset_index()
+        table = queries.groupby("identity")["R@1"].agg(**{"queries": "size", "R@1": "sum"}).reset_index()
+        tables.append(table.assign(epoch=epoch))
+    return pd.concat(tables, ignore_index=True)[["epoch", "identity", "queries", "R@1"]]
 
 
-def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves: int = HALVES) -> pd.DataFrame:
+def epochs_table(results: Results, split: str = "test", seed: int = 0, halves: int = HALVES) -> pd.DataFrame:
     """What reporting the best epoch on test claims, as the released codes do, against the epoch of validation.
 
     Returns:
@@ -81,10 +81,11 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
         Empty where no run kept its epochs.
     """
     generator, found = np.random.default_rng(seed), {}
-    for folder in run_folders(results):
-        path, chosen = find_table(folder, split, "epochs"), str(read_record(folder).get("best_epoch"))
-        if path and chosen in (table := pd.read_csv(path)):
-            found.setdefault(row_and_seed(folder.name)[0], []).append(_epochs(table, chosen, generator, halves))
+    table = results.own("epochs", split)
+    for run in results.compared().itertuples():
+        part = table[table["run"] == run.run]
+        if run.best_epoch in set(part["epoch"]):
+            found.setdefault(run.row, []).append(_epochs(part, run.best_epoch, generator, halves))
     lines = []
     for row, runs in found.items():
         table = pd.DataFrame(runs)
@@ -93,12 +94,13 @@ def epochs_table(results: str | Path, split: str = "test", seed: int = 0, halves
     return pd.DataFrame(lines)
 
 
-def _epochs(table: pd.DataFrame, chosen: str, generator: np.random.Generator, halves: int) -> dict[str, float]:
-    epochs = [name for name in table.columns if name not in ("identity", "queries")]
-    test = 100 * table[epochs].sum() / table["queries"].sum()
-    people = table.loc[table.index.repeat(table["queries"])]
-    picked = _picked(people[epochs].div(people["queries"], axis=0).to_numpy().T, people["identity"], generator, halves)
-    return {"epochs": len(epochs), "chosen on validation": test[chosen], "best on test": test.max(),
+def _epochs(table: pd.DataFrame, chosen: int, generator: np.random.Generator, halves: int) -> dict[str, float]:
+    hits = table.pivot(index=["identity", "queries"], columns="epoch", values="R@1").reset_index("queries")
+    queries = hits.pop("queries")
+    test = 100 * hits.sum() / queries.sum()
+    people = hits.div(queries, axis=0).loc[hits.index.repeat(queries)]
+    picked = _picked(people.to_numpy().T, people.index, generator, halves)
+    return {"epochs": len(test), "chosen on validation": test[chosen], "best on test": test.max(),
             "added": test.max() - test[chosen], "optimism": picked["optimism"]}  # fmt: skip
 
 
@@ -115,10 +117,10 @@ def _picked(values: np.ndarray, identity: np.ndarray, generator: np.random.Gener
             "optimism": 100 * (claimed - worth).mean(), "lucky run": 100 * (worth.mean() - mean)}  # fmt: skip
 
 
-def _on_validation(rows: Rows, runs: list[tuple[str, int]]) -> float:
-    """Test R@1 of the run that validation chooses; NaN where a run did not keep its validation R@1."""
-    validation = [read_record(rows.folders[run]).get("best") for run in runs]
-    if any(value is None for value in validation):
+def _on_validation(results: Results, rows: Rows, runs: list[tuple[str, int]]) -> float:
+    """Test R@1 of the run that validation chooses; NaN if a run did not keep its validation R@1."""
+    validation = results.compared().set_index(["row", "seed"])["best"].loc[runs]
+    if validation.isna().any():
         return np.nan
     row, number = runs[int(np.argmax(validation))]
     return float(100 * rows.runs[row][number]["R@1"].mean())
