@@ -13,4 +13,4 @@ def evaluate(folder, tables, split="test", **record):
     known = json.loads(path.read_text()) if path.is_file() else {"metrics": []}
     kept = {name.removesuffix(".csv"): pd.read_csv(folder / name) for name in known.get("files", ())}
     tables = {name: table for name, table in (kept | tables).items() if table is not None}
-    write_evaluation(folder, split, known | record, tables)
+    write_evaluation(folder, split, {"split": split.split("@")[0]} | known | record, tables)

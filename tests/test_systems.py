@@ -24,7 +24,7 @@ from fmfa.pretrain import pretraining_table
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.simpedes.truth import read_truth
-from fmfa.study.results import save_evaluation
+from fmfa.study.results import read_results, save_evaluation
 from fmfa.study.selection import epochs_table, score_epochs
 from fmfa.systems import (
     TINY_BACKBONE,
@@ -243,13 +243,16 @@ def test_epochs_kept_are_scored_on_the_split_that_is_asked_for(root, backbone, t
     data = open_dataset("SimPEDES-street", root)
     run = run_training(ivt(root, backbone, epochs=3, learning_rate=0.05, keep_epochs=True), tmp_path / "kept")
     table = score_epochs(run, data, "test")
-    assert list(table) == ["identity", "queries", "1", "2", "3"]
-    assert table["queries"].sum() == len(data.split("test"))
+    assert list(table) == ["epoch", "identity", "queries", "R@1"]
+    assert table.groupby("epoch")["queries"].sum().to_dict() == dict.fromkeys((1, 2, 3), len(data.split("test")))
     best = read_record(run)["best_epoch"]
     hits = load_system(run).evaluate(data, "test", progress=False).per_query().groupby("identity")["first_rank"]
-    assert table.set_index("identity")[str(best)].to_dict() == hits.apply(lambda ranks: (ranks == 1).sum()).to_dict()
+    assert (
+        table[table["epoch"] == best].set_index("identity")["R@1"].to_dict()
+        == hits.apply(lambda ranks: (ranks == 1).sum()).to_dict()
+    )
     save_evaluation(load_system(run).evaluate(data, "test"), data, "test", run, tables={"epochs": table})
-    assert epochs_table(tmp_path)["row"].tolist() == ["kept"]
+    assert epochs_table(read_results(tmp_path))["row"].tolist() == ["kept"]
     shutil.rmtree(epoch_checkpoints(run)[2])
     assert score_epochs(run, data, "test").empty  # the best of the epochs that are left is not the best of all
 

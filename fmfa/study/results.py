@@ -191,7 +191,8 @@ class Results:
     def queries(self, split: str, of: str = "run") -> dict[str, pd.DataFrame]:
         """Metrics of each query on the runs' own data set, by run (see `each_query`)."""
         table = self.own("identities", split)
-        return {run: each_query(part) for run, part in table[table["of"] == of].groupby("run", sort=False)}
+        parts = each_query(table[table["of"] == of]).groupby("run", sort=False)
+        return {run: part.reset_index(drop=True) for run, part in parts}
 
     def means(self, split: str) -> pd.DataFrame:
         """Mean metrics in percent of every run on a split of its own data set, by run."""
@@ -236,13 +237,13 @@ _JSON = ("point", "config", "versions", "git", "resumed")
 
 
 def each_query(table: pd.DataFrame) -> pd.DataFrame:
-    """One line per query of a part of `Results.identities`: identity, image and metrics.
+    """One line per query of a part of `Results.identities`: run, identity, image and metrics.
 
     Of exported results each query has its identity's mean, and no image. Every mean, interval and test of this package
     is over identities, so they are the same.
     """
-    means = table[SAME].join(table[list(METRICS)].div(table["queries"], axis=0))
-    return means.loc[table.index.repeat(table["queries"])].reset_index(drop=True)
+    means = table[["run", *SAME]].join(table[list(METRICS)].div(table["queries"], axis=0))
+    return means.iloc[np.repeat(np.arange(len(table)), table["queries"])].reset_index(drop=True)
 
 
 def read_results(folder: str | Path) -> Results:
@@ -289,7 +290,8 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
                  "trained_on": trained_on(path.parent), "left_out": "", "config": {}, "status": None, "best": None,
                  "best_epoch": None}  # fmt: skip
         lines.append(known | record)
-    return _joined("runs", [pd.DataFrame(lines)] if lines else [])
+    runs = _joined("runs", [pd.DataFrame(lines)] if lines else [])
+    return runs.astype({"best": float, "best_epoch": float})
 
 
 def _evaluated(folder: Path) -> list[str]:
@@ -328,8 +330,8 @@ def _file(folder: Path, name: str) -> Path:
 def _read_table(folder: Path, name: str) -> pd.DataFrame:
     path = _file(folder, name)
     try:
-        table = pd.read_csv(path, dtype={"run": str, "row": str, "seed": "int64"})
-        table = table.fillna(dict.fromkeys(("curve", "trained_on", "left_out"), ""))
+        text = ("run", "row", "curve", "trained_on", "left_out")
+        table = pd.read_csv(path, dtype={"seed": "int64"} | dict.fromkeys(text, str)).fillna(dict.fromkeys(text, ""))
         table = table.assign(**{column: table[column].map(json.loads) for column in _JSON if column in table})
         if not all(isinstance(value, dict) for column in ("config", "point") for value in table.get(column, ())):
             raise ValueError("config and point must be JSON objects")

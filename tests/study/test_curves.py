@@ -15,15 +15,16 @@ from fmfa.models.objectives import objectives
 from fmfa.notebook import resolve_parameters
 from fmfa.plots.comparison import plot_grid, plot_sensitivity
 from fmfa.study.claims import claims_table
-from fmfa.study.curves import grid_table, own_value, point_of, sensitivity_table
-from fmfa.study.definition import expand_rows, read_study
+from fmfa.study.curves import grid_table, own_value, sensitivity_table
+from fmfa.study.definition import read_study, study_rows
 from fmfa.study.levels import run_results
-from fmfa.study.results import METRICS, export_results, is_point, read_rows, run_folders
+from fmfa.study.results import METRICS, export_results, read_results, read_runs
 from fmfa.train import config_parameters
 from fmfa.training.config import TrainConfig
 
 DEFINITION = yaml.safe_load((Path(__file__).parents[2] / "study.yml").read_text())
 PEOPLE = 30
+RANDOM = "stability-random_alpha=1_rate=0.0003-0"  # from random weights
 
 
 def write_run(results, name, share, validation=(), **config):
@@ -31,7 +32,7 @@ def write_run(results, name, share, validation=(), **config):
     folder = results / name
     folder.mkdir(parents=True)
     config = TrainConfig(**config).resolved().to_dict()
-    (folder / "run.json").write_text(json.dumps({"config": config, "status": "finished"}))
+    (folder / "run.json").write_text(json.dumps({"config": config, "seed": config["seed"], "status": "finished"}))
     hits = (np.arange(4 * PEOPLE) % 4 < 4 * share) * 1.0
     table = pd.DataFrame({"identity": np.repeat(np.arange(PEOPLE), 4), "image": "", "first_rank": 1})
     evaluate(folder, {"queries-test": table.assign(**dict.fromkeys(METRICS, hits))})
@@ -54,26 +55,31 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_names_of_points_are_read_as_the_study_writes_them():
-    for row in expand_rows(DEFINITION["rows"]).values():
-        over = DEFINITION["rows"][row.group].get("over", {})
-        assert is_point(row.name) == bool(over)
-        if over:
-            curve, values = point_of(row.name)
-            assert curve == row.group
-            assert list(values) == list(over)
-            assert all(value in over[name] for name, value in values.items())
+def test_rows_and_points_are_those_of_the_study(results):
+    known = study_rows()
+    for run in read_runs(results).itertuples():
+        row = known[run.row]
+        assert (run.curve, run.point) == (row.group if row.point else "", row.point)
+    points = read_runs(results).set_index("run")["point"]
+    assert points["alpha=0.3-0"] == {"alpha": 0.3}
+    assert points["stability_alpha=3_rate=0.0001-1"] == {"alpha": 3, "rate": 0.0001}
+    record = json.loads((results / "fmfa-0/run.json").read_text())
+    for run, seed, row in (("fmfa-3", 7, "fmfa-3"), ("mine-12", 12, "mine")):  # the seed is the record's
+        (results / run).mkdir()
+        (results / run / "run.json").write_text(json.dumps(record | {"seed": seed}))
+        line = read_runs(results).set_index("run").loc[run]
+        assert (line["row"], line["seed"]) == (row, seed)
 
 
 def test_every_curve_of_the_study_knows_its_systems_own_value():
-    found = {}
+    found, rows = {}, study_rows()
     for run in read_study(DEFINITION | {"scale": "standard", "chosen": "all", "seeds": 1}).runs:
-        if is_point(run.row) and len(point_of(run.row)[1]) == 1:
+        row = rows[run.row]
+        if len(row.point) == 1:
             config = TrainConfig(**resolve_parameters(config_parameters(), run.parameters)).resolved()
-            curve, values = point_of(run.row)
-            own = own_value(config.to_dict(), *values.values())
+            own = own_value(config.to_dict(), *row.point.values())
             if not np.isnan(own):  # the tuning's curves have a point at the system's own rate
-                found.setdefault(curve, set()).add(own)
+                found.setdefault(row.group, set()).add(own)
     fmfa = asdict(objectives("fmfa", dataset="SimPEDES-street"))
     names = {"alpha": "asdm_alpha", "sigma": "efa_sigma", "lambda": "efa_lambda", "efa-weight": "efa",
              "asdm-weight": "asdm"}  # fmt: skip
@@ -83,7 +89,7 @@ def test_every_curve_of_the_study_knows_its_systems_own_value():
 
 
 def test_a_curve_has_its_points_and_its_systems_own_row(results):
-    table = sensitivity_table(results)
+    table = sensitivity_table(read_results(results))
     columns = ["curve", "row", "value", "own", "seeds", "estimate"]
     assert table[columns].to_numpy().tolist() == [
         ["alpha", "alpha=0.3", 0.3, False, 1, 25],
@@ -101,31 +107,30 @@ def test_a_curve_has_its_points_and_its_systems_own_row(results):
 
 
 def test_a_grid_says_what_became_of_each_point(results):
-    table = grid_table(results)
+    table = grid_table(read_results(results))
     assert table.to_dict("records") == [
         {"grid": "stability", "alpha": 3, "rate": 1e-4, "seeds": 2, "start": 40, "best": 50, "last": 30, "R@1": 75}
     ]
     axis = plot_grid(table).axes[0]
     assert [text.get_text() for text in axis.texts] == ["-10.0\n(75.0 %)"]
     assert axis.get_title() == "stability: start at 40.0 % on validation"
-    assert grid_table(results / "nowhere").empty
+    assert grid_table(read_results(results / "nowhere")).empty
     assert plot_grid(pd.DataFrame()) is None
 
 
 def test_points_are_no_rows_unless_there_is_nothing_else(results, tmp_path_factory):
-    assert set(read_rows(results, "test").runs) == {"fmfa"}
-    assert (run_results(results)["status"] == "finished").sum() == 9
+    assert set(read_results(results).rows("test").runs) == {"fmfa"}
+    assert (run_results(read_results(results))["status"] == "finished").sum() == 9
     alone = tmp_path_factory.mktemp("alone")
     write_run(alone, "alpha=3-0", 0.5, method="fmfa", objectives="asdm_alpha=3")
-    assert set(read_rows(alone, "test").runs) == {"alpha=3"}
-    assert [folder.name for folder in run_folders(alone)] == ["alpha=3-0"]
+    assert set(read_results(alone).rows("test").runs) == {"alpha=3"}
 
 
 def test_one_seed_is_held_against_where_another_training_would_lie(results):
     alike = [(f"fmfa-{seed}", 0.5) for seed in range(3, 9)]
     for name, share in (*alike, ("fmfa-padding-0", 0.5), ("fmfa-released-0", 0.0)):
-        write_run(results, name, share, method="fmfa")
-    forms = claims_table(results, kind="forms").set_index("row")
+        write_run(results, name, share, method="fmfa", seed=int(name[-1]))
+    forms = claims_table(read_results(results), kind="forms").set_index("row")
     for name, word in (("fmfa-padding", "inside"), ("fmfa-released", "outside")):
         assert forms.loc[name, "verdict"] == "one seed: no verdict"
         assert f"lies {word} of where one further training of fmfa would lie" in forms.loc[name, "in words"]
@@ -134,12 +139,13 @@ def test_one_seed_is_held_against_where_another_training_would_lie(results):
 def test_results_from_two_places_are_exported_to_one_folder(results, tmp_path_factory):
     target, other = (tmp_path_factory.mktemp(name) for name in ("target", "other"))
     for folder in (results / "fmfa-0", results / "alpha=10-0", write_run(other, "irra-0", 0.5, method="irra"),
-                   write_run(other, "random_alpha=3_rate=1-0", 0.5, method="fmfa", weights="none")):  # fmt: skip
+                   write_run(other, RANDOM, 0.5, method="fmfa", weights="none")):  # fmt: skip
         evaluate(folder, {"queries-test-zero-shot": pd.read_csv(folder / "queries-test.csv")})
     export_results(results, target)
     export_results(other, target)
-    assert len(list(target.glob("*/identities-test.csv"))) == len(list(results.glob("*-?"))) + 2
-    assert [path.parent.name for path in target.glob("*/identities-test-zero-shot.csv")] == ["fmfa-0"]
+    exported = read_results(target)
+    assert len(exported.queries("test")) == len(exported.runs) == len(list(results.glob("*-?"))) + 2
+    assert list(exported.queries("test", "zero-shot")) == ["fmfa-0"]
 
 
 def test_a_further_run_lies_where_it_is_said_to_lie():

@@ -16,7 +16,7 @@ from fmfa.notebook import run_notebook
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.study.claims import rows_paired_table
 from fmfa.study.levels import run_results
-from fmfa.study.results import METRICS
+from fmfa.study.results import METRICS, read_results
 from fmfa.systems import load_system
 
 ROOT = Path(__file__).parents[2]
@@ -71,12 +71,12 @@ def test_train_evaluate_compare(tiny, tmp_path):
     assert record["status"] == "finished"
     assert "No two rows share two seeds" in text
     assert figures >= 1
-    table = run_results(results).set_index("run")
+    table = run_results(read_results(results)).set_index("run")
     assert table.loc["broken-0", "status"] == "failed"
     queries = pd.read_csv(results / "fmfa-0" / "queries-test.csv")
     assert table.loc["fmfa-0", "R@1"] == pytest.approx(100 * (queries["first_rank"] == 1).mean())
     assert table.loc["fmfa-0", list(METRICS)].between(0, 100).all()
-    difference = rows_paired_table(results, "clip").set_index("row").loc["fmfa", "R@1 difference"]
+    difference = rows_paired_table(read_results(results), "clip").set_index("row").loc["fmfa", "R@1 difference"]
     assert difference == pytest.approx(table.loc["fmfa-0", "R@1"] - table.loc["clip-0", "R@1"])
 
 

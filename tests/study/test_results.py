@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,9 @@ from fmfa.study.results import (
     METRICS,
     CompareParameters,
     export_results,
-    finished_evaluation,
     main,
     read_evaluation,
-    read_queries,
-    read_rows,
-    row_and_seed,
+    read_results,
 )
 from fmfa.study.selection import epochs_table, selection_table
 
@@ -50,6 +48,11 @@ ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "data" / "results" / "standard"
 PEOPLE, QUERIES = 40, 4
 IDENTITY = np.repeat(np.arange(PEOPLE), QUERIES)
+
+
+@cache
+def committed():
+    return read_results(COMMITTED)
 
 
 def queries(hits):
@@ -68,7 +71,7 @@ def draw(share, seed):
 def write_run(results, run, hits=None, method="clip", start=None, weights="", **record):
     folder = results / run
     folder.mkdir(parents=True)
-    seed = row_and_seed(run)[1]
+    seed = int(run.rpartition("-")[2])
     config = {"method": method, "preset": "paper", "objectives": "", "dataset": "SimPEDES-street"}
     config |= {"weights": weights}
     known = {"config": config, "seed": seed, "status": "finished"}
@@ -111,18 +114,18 @@ def told_table(heading):
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
-    levels = readable(seeds_table(COMMITTED)).set_index("row")
+    levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
     assert told_table("## Levels") == told
     kinds = ("claims", "controls", "oracles", "forms")
-    claims = pd.concat([claims_table(COMMITTED, kind=kind) for kind in kinds])
+    claims = pd.concat([claims_table(committed(), kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
     told = told_table("## Claims")
     assert set(told) == set(claims["claim"])
     for line in claims.to_dict("records"):
         measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
         assert told[line["claim"]] == [f"{line['row']} - {line['minus']}", measured, line["verdict"]]
-    domains = cross_domain_table([COMMITTED, COMMITTED.parent / "station"])
+    domains = cross_domain_table([committed(), read_results(COMMITTED.parent / "station")])
     told = told_table("## Another domain")
     assert len(told) == len(domains) / 2 == 8
     for line in domains.to_dict("records"):
@@ -134,13 +137,13 @@ def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
 
 
 def test_runs_and_rows_stand_between_chance_zero_shot_and_ceiling(results):
-    runs = run_results(results).set_index("run")
+    runs = run_results(read_results(results)).set_index("run")
     assert runs.loc["ivt-0", "status"] == "failed"
     assert runs.loc["broken-1", "status"] == "running"
     assert np.isnan(runs.loc["ivt-0", "R@1"])
     assert list(runs.index[-3:]) == ["chance", "zero-shot", "ceiling of the captions"]
     assert runs.loc["irra-2", "R@1"] == pytest.approx(100 * draw(0.6, 2).mean())
-    rows = seeds_table(results).set_index("row")
+    rows = seeds_table(read_results(results)).set_index("row")
     assert rows.loc["irra", "seeds"] == 4
     assert rows.loc["sdm-efa", "seeds"] == 1
     assert list(rows["R@1"][-3:]) == ["2.5", f"{100 * draw(0.3, 99).mean():.1f} [1.0, 99.0]", "90.0"]
@@ -148,7 +151,7 @@ def test_runs_and_rows_stand_between_chance_zero_shot_and_ceiling(results):
 
 def test_rows_are_compared_over_the_seeds_that_both_have(results):
     shutil.rmtree(results / "irra-3")
-    table = rows_paired_table(results, "irra").set_index("row")
+    table = rows_paired_table(read_results(results), "irra").set_index("row")
     mean = np.mean([draw(0.3, s).mean() - draw(0.6, s).mean() for s in range(3)])
     assert table.loc["clip", "R@1 difference"] == pytest.approx(100 * mean)
     assert list(table.loc[["clip", "sdm-efa", "zero-shot"], "seeds"]) == [3, 1, 3]
@@ -158,20 +161,22 @@ def test_rows_are_compared_over_the_seeds_that_both_have(results):
     base = np.mean([draw(0.6, s).mean() for s in range(3)])
     assert table.loc["zero-shot", "R@1 difference"] == pytest.approx(100 * (draw(0.3, 99).mean() - base))
     assert table.loc["ceiling of the captions", "R@1 difference"] == pytest.approx(90 - 100 * base)
-    no_baseline = rows_paired_table(results, "ivt").set_index("row")
+    no_baseline = rows_paired_table(read_results(results), "ivt").set_index("row")
     assert no_baseline["R@1 difference"].isna().all()
     assert no_baseline.loc["clip", "R@1"] == pytest.approx(100 * np.mean([draw(0.3, s).mean() for s in range(4)]))
 
 
 def test_rows_without_a_shared_seed_and_other_queries(results):
     for seed in range(4):
-        (results / f"fmfa-{seed}").rename(results / f"fmfa-{seed + 10}")
-    line = rows_paired_table(results, "irra").set_index("row").loc["fmfa"]
+        record = results / f"fmfa-{seed}/run.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"seed": seed + 10}))
+        record.parent.rename(results / f"fmfa-{seed + 10}")
+    line = rows_paired_table(read_results(results), "irra").set_index("row").loc["fmfa"]
     assert line["seeds"] == 0
     assert np.isnan(line["R@1 difference"])
     write_run(results, "other-0", draw(0.5, 0)[:-1])
     with pytest.raises(ConfigError, match="other-0 was evaluated on other queries"):
-        rows_paired_table(results, "irra")
+        rows_paired_table(read_results(results), "irra")
 
 
 def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
@@ -179,13 +184,13 @@ def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
     write_run(tmp_path, "ivt-0", draw(0.5, 1), method="ivt", start=draw(0.1, 1))
     write_run(tmp_path, "ivt-less-0", draw(0.5, 3), method="ivt", start=draw(0.2, 1), weights="data/less.safetensors")
     write_run(tmp_path, "random-0", draw(0.5, 2), start=draw(0.02, 1), weights="none")
-    rows = read_rows(tmp_path, "test")
+    rows = read_results(tmp_path).rows("test")
     starts = {"zero-shot": 0.3, "zero-shot IVT": 0.1, "zero-shot IVT (less)": 0.2}
     assert rows.names == ["clip", "ivt", "ivt-less", "random", *starts]
     for name, share in starts.items():
         assert rows.values(name).mean() == draw(share, 1).mean()
-    assert set(starts) < set(seeds_table(tmp_path)["row"])
-    levels = [line.get_label() for line in plot_comparison(tmp_path).axes[0].lines]
+    assert set(starts) < set(seeds_table(read_results(tmp_path))["row"])
+    levels = [line.get_label() for line in plot_comparison(read_results(tmp_path)).axes[0].lines]
     for name in (*starts, "chance", "ceiling of the captions"):
         assert any(label.startswith(f"{name}, ") for label in levels), name
     plt.close("all")
@@ -194,13 +199,13 @@ def test_starting_weights_have_the_name_of_their_network_and_file(tmp_path):
 def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
     for path in results.glob("*/evaluation-test.json"):
         evaluate(path.parent, {"queries-test-zero-shot": None})
-    line = rows_paired_table(results, "irra").set_index("row").loc["zero-shot"]
+    line = rows_paired_table(read_results(results), "irra").set_index("row").loc["zero-shot"]
     assert line["R@1"] == pytest.approx(100 * draw(0.3, 99).mean())
     assert np.isnan(line["low"])
 
 
 def test_claims_get_their_verdicts(results):
-    table = claims_table(results).set_index(["row", "minus"])
+    table = claims_table(read_results(results)).set_index(["row", "minus"])
     assert table.loc[("irra", "clip"), "verdict"] == "holds"
     assert table.loc[("fmfa", "irra"), "verdict"] == "cannot be told apart"
     assert table.loc[("asdm", "irra"), "verdict"] == "does not hold"
@@ -216,7 +221,7 @@ def test_claims_get_their_verdicts(results):
 
 @pytest.mark.parametrize("kind", ["claims", "controls", "oracles", "forms"])
 def test_corrected_intervals_leave_zero_out_just_where_there_is_a_verdict(kind):
-    table = claims_table(COMMITTED, kind=kind)
+    table = claims_table(committed(), kind=kind)
     several = table[table["seeds"] > 1]
     beyond = (several["low (Holm)"] > 0) | (several["high (Holm)"] < 0)
     decided = several["verdict"].isin(["holds", "does not hold", "as it must be"])
@@ -229,27 +234,30 @@ def test_corrected_intervals_leave_zero_out_just_where_there_is_a_verdict(kind):
 
 
 def test_rows_against_the_baseline_have_corrected_intervals_too(results):
-    table = rows_paired_table(results, "irra")
+    table = rows_paired_table(read_results(results), "irra")
     known = table["p"].notna()
     assert ((table["p (Holm)"] <= 0.05) == ((table["low (Holm)"] > 0) | (table["high (Holm)"] < 0)))[known].all()
     assert set(table.loc[known, "row"]) == {"clip", "asdm", "fmfa", "zero-shot"}
 
 
 def test_the_answer_in_short_counts_every_claim(results, tmp_path):
-    text = claims_in_short(results, claims_table(results))
+    text = claims_in_short(read_results(results), claims_table(read_results(results)))
     assert text.startswith(f"SimPEDES-street, {PEOPLE * QUERIES} queries of {PEOPLE} identities, 1 to 4 seeds per row.")
     assert "Of 20 claims of the papers 2 hold (IRRA beats plain CLIP fine-tuning; EFA helps A-SDM)" in text
     assert "1 does not hold (A-SDM beats SDM)" in text
     assert "1 cannot be told apart" in text
     assert "2 have one seed and no verdict" in text
     assert "14 were not run; corrected for the number of claims (Holm, 5 %). One seed is one draw" in text
-    assert claims_in_short(tmp_path / "nothing", claims_table(tmp_path)) == "no run was evaluated."
+    assert (
+        claims_in_short(read_results(tmp_path / "nothing"), claims_table(read_results(tmp_path)))
+        == "no run was evaluated."
+    )
 
 
 def test_results_of_another_folder_lie_beside_the_shipped_ones(results):
     for path in [p for p in results.iterdir() if p.name[-1] in "123"]:
         shutil.rmtree(path)
-    shipped, own = claims_table(COMMITTED), claims_table(results)
+    shipped, own = claims_table(committed()), claims_table(read_results(results))
     assert plot_claims(shipped.assign(seeds=0)) is None
     figure = plot_claims(shipped, own, "mine")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -317,15 +325,15 @@ def test_controls_and_oracles_get_theirs(results):
     for seed in range(4):
         write_run(results, f"shuffled-pairs-{seed}", draw(0.1, seed))
         write_run(results, f"weak-loss-{seed}", draw(0.31, seed))
-    table = claims_table(results, kind="controls").set_index("row")
+    table = claims_table(read_results(results), kind="controls").set_index("row")
     assert list(table.loc[["shuffled-pairs", "weak-loss"], "verdict"]) == ["as it must be", "cannot be told apart"]
     for seed in range(4):
         evaluate(results / f"shuffled-pairs-{seed}", {"queries-test": queries(draw(0.7, seed))})
-    table = claims_table(results, kind="controls").set_index("row")
+    table = claims_table(read_results(results), kind="controls").set_index("row")
     assert table.loc["shuffled-pairs", "verdict"] == "not as it must be"
-    assert (claims_table(results, kind="oracles")["verdict"] == "not run").all()
+    assert (claims_table(read_results(results), kind="oracles")["verdict"] == "not run").all()
     with pytest.raises(ConfigError, match="claims, controls, oracles"):
-        claims_table(results, kind="wishes")
+        claims_table(read_results(results), kind="wishes")
 
 
 @pytest.mark.parametrize("kind", ["claims", "controls", "oracles"])
@@ -341,24 +349,22 @@ def test_the_definitions_of_claims_are_complete(kind):
 
 
 def test_shuffled_captions_against_chance(results):
-    assert shuffled_table(results).empty
+    assert shuffled_table(read_results(results)).empty
     few = np.arange(len(IDENTITY)) % 40 == 0  # 2.5 %
     evaluate(results / "clip-0", {"queries-test-shuffled": queries(few * 1)})
     evaluate(results / "irra-0", {"queries-test-shuffled": queries(draw(0.5, 5))})
-    table = shuffled_table(results).set_index("row")
+    table = shuffled_table(read_results(results)).set_index("row")
     assert list(table["at chance"]) == [True, False]
     assert (table["chance"] == 2.5).all()
 
 
 def test_power_of_the_committed_results():
-    table = components_table(COMMITTED)
+    table = components_table(committed())
     assert {("fmfa", "irra"), ("irra", "clip")} <= set(zip(table["row"], table["minus"], strict=True))
-    sums = {
-        (row, seed): pd.read_csv(COMMITTED / f"{row}-{seed}" / "identities-test.csv")[["R@1", "queries"]].sum()
-        for row in ("fmfa", "irra")
-        for seed in range(5)
-    }
-    shares = {run: found["R@1"] / found["queries"] for run, found in sums.items()}
+    identities = pd.read_csv(COMMITTED / "identities.csv.gz")
+    own = identities[(identities["of"] == "run") & (identities["tested_on"] == identities["trained_on"])]
+    sums = own.groupby(["row", "seed"])[["R@1", "queries"]].sum()
+    shares = sums["R@1"] / sums["queries"]
     fmfa_minus_irra = [100 * (shares["fmfa", seed] - shares["irra", seed]) for seed in range(5)]
     assert table.set_index(["row", "minus"]).loc[("fmfa", "irra"), "seed means"] == pytest.approx(
         np.std(fmfa_minus_irra, ddof=1), abs=1e-6
@@ -378,10 +384,10 @@ def test_power_of_the_committed_results():
 def test_one_seed_has_no_power_table(results):
     for path in [p for p in results.iterdir() if p.name[-1] in "123"]:
         shutil.rmtree(path)
-    table = components_table(results)
+    table = components_table(read_results(results))
     assert table.empty
     assert plot_power(table) is None
-    assert selection_table(results)["row"].tolist() == ["all rows"]
+    assert selection_table(read_results(results))["row"].tolist() == ["all rows"]
 
 
 def test_selecting_on_test_by_hand(tmp_path):
@@ -390,20 +396,26 @@ def test_selecting_on_test_by_hand(tmp_path):
         write_run(tmp_path, f"irra-{seed}", hits, best=0.4 + seed / 10)
     for path in tmp_path.glob("*/queries-test.csv"):
         evaluate(path.parent, {"queries-test": pd.read_csv(path).assign(identity=[0, 0, 1, 1])})
-    line = selection_table(tmp_path, halves=20).iloc[0]
+    line = selection_table(read_results(tmp_path), halves=20).iloc[0]
     assert (line["claimed"], line["on other people"], line["optimism"]) == (100, 0, 100)
     assert (line["mean of the runs"], line["lucky run"], line["chosen on validation"]) == (50, -50, 50)
 
 
+def epochs(*hits):
+    """Hits of two persons, who have three queries and one, after each epoch."""
+    lines = [(epoch, person, queries, found[epoch - 1]) for person, (queries, found) in enumerate(zip((3, 1), hits))
+             for epoch in range(1, len(found) + 1)]  # fmt: skip
+    return pd.DataFrame(lines, columns=["epoch", "identity", "queries", "R@1"])
+
+
 def test_the_best_epoch_on_test_by_hand(tmp_path):
     # Person 0 has three queries, person 1 one. Epoch 1 knows person 0 alone, epoch 2 person 1, epoch 3 a query of each.
-    assert epochs_table(write_run(tmp_path, "irra-0", best_epoch=3).parent).empty
+    assert epochs_table(read_results(write_run(tmp_path, "irra-0", best_epoch=3).parent)).empty
     write_run(tmp_path, "irra-1", best_epoch=1)
     write_run(tmp_path, "clip-0", best_epoch=1)
-    columns = ["identity", "queries", "1", "2", "3"]
-    evaluate(tmp_path / "irra-0", {"epochs-test": pd.DataFrame([(0, 3, 3, 0, 1), (1, 1, 0, 1, 1)], columns=columns)})
-    evaluate(tmp_path / "irra-1", {"epochs-test": pd.DataFrame([(0, 3, 1, 3, 0), (1, 1, 0, 1, 0)], columns=columns)})
-    table = epochs_table(tmp_path, halves=40)
+    evaluate(tmp_path / "irra-0", {"epochs-test": epochs([3, 0, 1], [0, 1, 1])})
+    evaluate(tmp_path / "irra-1", {"epochs-test": epochs([1, 3, 0], [0, 1, 0])})
+    table = epochs_table(read_results(tmp_path), halves=40)
     assert table["row"].tolist() == ["irra"]
     line = table.iloc[0]
     assert (line["runs"], line["epochs"]) == (2, 3)
@@ -418,26 +430,25 @@ def test_the_best_epoch_on_test_by_hand(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "null", "{}", '{"status": "finished", "best": 0.5, "seed": 0}'])
 def test_runs_without_a_readable_record_are_left_out_of_what_needs_it(tmp_path, content):
-    epochs = pd.DataFrame([(0, 3, 3, 0), (1, 1, 0, 1)], columns=["identity", "queries", "1", "2"])
     for run in ("irra-0", "clip-0"):
-        evaluate(write_run(tmp_path, run, draw(0.5, 0), best_epoch=1), {"epochs-test": epochs})
+        evaluate(write_run(tmp_path, run, draw(0.5, 0), best_epoch=1), {"epochs-test": epochs([3, 0], [0, 1])})
     (tmp_path / "clip-0" / "run.json").write_text(content)
-    assert epochs_table(tmp_path, halves=4)["row"].tolist() == ["irra"]
-    assert tuning_table(tmp_path).empty
-    selection_table(tmp_path, halves=4)
+    assert epochs_table(read_results(tmp_path), halves=4)["row"].tolist() == ["irra"]
+    assert tuning_table(read_results(tmp_path)).empty
+    selection_table(read_results(tmp_path), halves=4)
 
 
 def test_tables_that_the_disk_does_not_give_are_told(tmp_path):
     folder = write_run(tmp_path, "irra-0", draw(0.6, 0))
     (folder / "queries-test.csv").unlink()
     (folder / "queries-test.csv").symlink_to("/proc/self/mem")
-    assert "cannot be read: Input/output error" in run_results(tmp_path)["status"].iloc[0]
+    assert "cannot be read: Input/output error" in run_results(read_results(tmp_path))["status"].iloc[0]
     with pytest.raises(ConfigError, match="irra-0 cannot be read"):
         export_results(tmp_path, tmp_path / "x")
 
 
 def test_selecting_on_test_among_equal_and_unequal_runs(results):
-    table = selection_table(results).set_index("row")
+    table = selection_table(read_results(results)).set_index("row")
     assert set(table.index) == {"clip", "irra", "fmfa", "asdm", "all rows"}
     assert (table["optimism"] > -1).all()
     assert table["optimism"].mean() > 0
@@ -445,7 +456,7 @@ def test_selecting_on_test_among_equal_and_unequal_runs(results):
     assert np.isnan(table.loc["all rows", "chosen on validation"])  # sdm-efa kept no validation
     for seed in range(4):
         evaluate(results / f"irra-{seed}", {"queries-test": queries(draw(0.6, 0))})
-    equal = selection_table(results).set_index("row").loc["irra"]
+    equal = selection_table(read_results(results)).set_index("row").loc["irra"]
     assert equal["optimism"] == pytest.approx(0, abs=1.5)  # nothing to choose from: halves differ by chance alone
 
 
@@ -456,14 +467,14 @@ def grounding(folder, hits):
 
 
 def test_grounding_against_retrieval(results):
-    assert grounding_runs(results).empty
-    assert correlation_table(grounding_runs(results), "map", "over chance").empty
+    assert grounding_runs(read_results(results)).empty
+    assert correlation_table(grounding_runs(read_results(results)), "map", "over chance").empty
     rng = np.random.default_rng(0)
     for folder in results.glob("*-[0-3]"):
         if (folder / "queries-test.csv").is_file():
             share = pd.read_csv(folder / "queries-test.csv")["R@1"].mean()
             grounding(folder, {"token-patch": 0.2 + share / 2, "gradient": rng.random()})
-    table = grounding_runs(results)
+    table = grounding_runs(read_results(results))
     assert len(table) == 2 * 17
     line = table[(table["row"] == "irra") & (table["seed"] == 1) & (table["map"] == "token-patch")].iloc[0]
     assert line["over chance"] == pytest.approx(10 + line["R@1"] / 2)
@@ -483,20 +494,20 @@ def test_grounding_against_retrieval(results):
 def test_changed_attributes(results):
     lines = [{"kind": "picture", "attribute": name, "pairs": 9, "right": 0.7, "effect": 0.2} for name in ("all", "bag")]
     evaluate(results / "clip-0", {"counterfactual-test": pd.DataFrame(lines)})
-    table = counterfactual_runs(results)
+    table = counterfactual_runs(read_results(results))
     assert table[["row", "seed", "kind", "moves right", "pairs"]].values.tolist() == [["clip", 0, "picture", 70.0, 9]]
 
 
 def test_figures_are_labelled_and_show_every_row(results):
-    axis = plot_comparison(results).axes[0]
+    axis = plot_comparison(read_results(results)).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()][-1] == "sdm-efa (1 seed)"
     assert f"n = {PEOPLE * QUERIES} queries of {PEOPLE} identities" in axis.get_xlabel()
-    claims = plot_claims(claims_table(results)).axes[0]
+    claims = plot_claims(claims_table(read_results(results))).axes[0]
     assert "IRRA beats plain CLIP fine-tuning." in [label.get_text() for label in claims.get_yticklabels()]
-    assert "points" in plot_power(components_table(results)).axes[0].get_ylabel()
-    assert plot_claims(claims_table(results, kind="oracles")) is None
-    with pytest.raises(ConfigError, match="no run evaluated on val"):
-        plot_comparison(results, "val")
+    assert "points" in plot_power(components_table(read_results(results))).axes[0].get_ylabel()
+    assert plot_claims(claims_table(read_results(results), kind="oracles")) is None
+    with pytest.raises(ConfigError, match="no run was evaluated on val"):
+        plot_comparison(read_results(results), "val")
 
 
 def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
@@ -507,18 +518,20 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
     target = tmp_path / "exported"
     for _ in range(2):  # a second export replaces the first
         export_results(results, target)
-    kept = {"run.json", "metrics.csv", "evaluation-test.json", "grounding-test.csv", "identities-test.csv"}
-    assert {path.name for path in (target / "irra-0").iterdir()} == kept
-    assert len(list(target.glob("*/identities-test-zero-shot.csv"))) == 1
-    written, read = pd.read_csv(results / "irra-0/queries-test.csv"), read_queries(target / "irra-0", "test")
+    names = {"identities", "levels", "metrics", "grounding", "counterfactual", "epochs"}
+    assert {path.name for path in target.iterdir()} == {"runs.csv", *(f"{name}.csv.gz" for name in names)}
+    exported = read_results(target)
+    assert len(exported.queries("test", "zero-shot")) == 1
+    written, read = pd.read_csv(results / "irra-0/queries-test.csv"), exported.queries("test")["irra-0"]
     assert (read["identity"] == written["identity"]).all()
     for metric in METRICS:
         means = [table.groupby("identity")[metric].mean() for table in (written, read)]
         assert np.allclose(*means, atol=1e-4)
     tables = (run_results, seeds_table, claims_table, grounding_runs)
-    assert len(sensitivity_table(results)) == 2
-    for make in (*tables, sensitivity_table, lambda folder: rows_paired_table(folder, "irra")):
-        pd.testing.assert_frame_equal(make(results), make(target))
+    live = read_results(results)
+    assert len(sensitivity_table(live)) == 2
+    for make in (*tables, sensitivity_table, lambda results: rows_paired_table(results, "irra")):
+        pd.testing.assert_frame_equal(make(live), make(exported))
     again = tmp_path / "again"
     export_results(target, again)
     for path in filter(Path.is_file, target.rglob("*")):
@@ -553,19 +566,19 @@ def test_a_run_whose_evaluation_is_not_whole_is_left_out_and_named(tmp_path, nam
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        rows = set(seeds_table(tmp_path)["row"])
+        rows = set(seeds_table(read_results(tmp_path))["row"])
         assert "clip" in rows
         assert "irra" not in rows
-        assert grounding_runs(tmp_path)["row"].tolist() == ["clip"]
-        status = run_results(tmp_path).set_index("run")["status"]
+        assert grounding_runs(read_results(tmp_path))["row"].tolist() == ["clip"]
+        status = run_results(read_results(tmp_path)).set_index("run")["status"]
         assert status["clip-0"] == "finished"
         assert status["irra-0"].startswith("finished; left out: ")
         assert str(path.parent) in status["irra-0"]
-        for read in (lambda: read_queries(path.parent, "test"), lambda: export_results(tmp_path, tmp_path / "x")):
+        for read in (lambda: read_evaluation(path.parent, "test"), lambda: export_results(tmp_path, tmp_path / "x")):
             with pytest.raises(ConfigError, match="irra-0"):
                 read()
         path.write_bytes(whole)
-    assert "irra" in set(seeds_table(tmp_path)["row"])
+    assert "irra" in set(seeds_table(read_results(tmp_path))["row"])
 
 
 def test_an_evaluation_stopped_between_two_files_is_the_old_one_or_none(tmp_path, monkeypatch):
@@ -585,7 +598,7 @@ def test_an_evaluation_stopped_between_two_files_is_the_old_one_or_none(tmp_path
         with contextlib.suppress(KeyboardInterrupt):
             evaluate(again / "irra-0", {"queries-test": queries(draw(0.1, 1)), "grounding-test": queries(draw(0.1, 1))})
         monkeypatch.setattr(os, "replace", replace)
-        run = run_results(again).iloc[0]
+        run = run_results(read_results(again)).iloc[0]
         found.append("did not finish" if "did not finish" in run["status"] else run["R@1"])
     assert found == [pytest.approx(100 * old), *3 * ["did not finish"], pytest.approx(100 * new)]
 
@@ -600,19 +613,34 @@ def test_no_flipped_bit_in_the_record_of_an_evaluation_is_taken(tmp_path):
         path.write_bytes(damaged)
         with contextlib.suppress(ValueError):
             still_json += json.loads(damaged) != known
-        assert finished_evaluation(folder, "test") in ({}, known)
+        with contextlib.suppress(ConfigError):
+            assert read_evaluation(folder, "test") == known
     assert still_json > 100
 
 
 def test_a_file_that_no_evaluation_lists_is_not_read(tmp_path):
     folder = write_run(tmp_path, "irra-0", draw(0.6, 0))
     queries(draw(0.5, 1)).to_csv(folder / "queries-test-shuffled.csv", index=False)
-    assert shuffled_table(tmp_path).empty
+    assert shuffled_table(read_results(tmp_path)).empty
     (folder / "evaluation-test.json").unlink()
-    with pytest.raises(ConfigError, match=r"evaluation-test\.json is missing"):
-        read_queries(folder, "test")
-    with pytest.raises(ConfigError, match="has no evaluation on val"):
-        read_queries(folder, "val")
+    assert "evaluation-test.json is missing" in read_results(tmp_path).runs["left_out"].iloc[0]
+    assert read_evaluation(folder, "val") == {}
+
+
+def test_a_damaged_file_of_exported_results_is_told(results, tmp_path):
+    target = tmp_path / "exported"
+    export_results(results, target)
+    for path in target.iterdir():
+        whole = path.read_bytes()
+        for content in (b"", whole[:20], whole[: len(whole) // 2] if path.suffix == ".gz" else b"\xff" + whole, None):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            if path.name != "runs.csv" or content is not None:
+                with pytest.raises(ConfigError, match=f"{path.name} is damaged or missing"):
+                    read_results(target)
+            path.write_bytes(whole)
+    assert len(read_results(target).runs) == 19
 
 
 def test_the_command_says_what_it_copied_or_why_not(results, tmp_path, capsys):
@@ -653,15 +681,16 @@ def entry(**changes):
 def test_a_damaged_file_of_claims_is_told_in_one_sentence(tmp_path, monkeypatch, content):
     monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.yml")
     with pytest.raises(ConfigError, match=r"claims\.yml"):  # it is not there
-        claims_table(tmp_path)
+        claims_table(read_results(tmp_path))
     (tmp_path / "claims.yml").write_text(content)
     with pytest.raises(ConfigError, match=r"claims\.yml"):
-        claims_table(tmp_path)
+        claims_table(read_results(tmp_path))
 
 
 @given(st.data())
 def test_any_change_of_claims_and_published_numbers_is_read_or_told(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("changed")
+    nothing = read_results(folder)
     for module, name in ((claims, "CLAIMS"), (tables, "PUBLISHED")):
         content = getattr(module, name).read_bytes()
         start, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 40))
@@ -673,7 +702,7 @@ def test_any_change_of_claims_and_published_numbers_is_read_or_told(tmp_path_fac
             patch.setattr(module, name, changed)
             for make in (claims_table, lambda _: published_table(), components_table):
                 with contextlib.suppress(ConfigError):  # and no other error
-                    make(folder)
+                    make(nothing)
 
 
 @pytest.mark.parametrize("content", [
