@@ -284,7 +284,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
     study, lines = study_rows(), []
     for path in sorted(folder.glob(f"*/{RECORD}")):
         record, run = read_record(path.parent), path.parent.name
-        row = run.removesuffix(f"-{record.get('seed', 0)}")
+        row = re.sub(r"-\d+$", "", run)  # as `make study` names folders; the seed is the record's
         point = study[row].point if row in study else {}
         known = {"run": run, "row": row, "seed": 0, "curve": study[row].group if point else "", "point": point,
                  "trained_on": trained_on(path.parent), "left_out": "", "config": {}, "status": None, "best": None,

@@ -64,7 +64,7 @@ def test_rows_and_points_are_those_of_the_study(results):
     assert points["alpha=0.3-0"] == {"alpha": 0.3}
     assert points["stability_alpha=3_rate=0.0001-1"] == {"alpha": 3, "rate": 0.0001}
     record = json.loads((results / "fmfa-0/run.json").read_text())
-    for run, seed, row in (("fmfa-3", 7, "fmfa-3"), ("mine-12", 12, "mine")):  # the seed is the record's
+    for run, seed, row in (("fmfa-3", 7, "fmfa"), ("mine-12", 12, "mine")):  # the seed is the record's
         (results / run).mkdir()
         (results / run / "run.json").write_text(json.dumps(record | {"seed": seed}))
         line = read_runs(results).set_index("run").loc[run]
