@@ -52,7 +52,7 @@ check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
 	@test -n "$$ROOT" || { echo "Which data set? make check ROOT=/data/CUHK-PEDES" >&2; exit 2; }
 	@$(RUN) fmfa.data.check -- "$$ROOT"
 
-weights: $(READY)  ## make the shipped weights anew (about an hour on two cores)
+weights: $(READY)  ## make the shipped weights again (about an hour on two cores)
 	@$(RUN) fmfa.pretrain data/tiny_clip.safetensors
 	@$(RUN) fmfa.pretrain data/tiny_ivt.safetensors --method ivt
 	@$(RUN) fmfa.pretrain data/tiny_ivt_equal.safetensors --method ivt --pairs 96548

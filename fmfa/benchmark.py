@@ -67,7 +67,7 @@ def _full_size(config: TrainConfig, folder: Path) -> TrainConfig:
     config = replace(config, root=str(root), weights=NO_WEIGHTS, image_height=height, image_width=width, stride=16)
     if config.method != "ivt":
         return replace(config, backbone=FULL_BACKBONE)
-    backbone = folder / "ivt.json"  # the released sizes but for the words, which cost nothing, and the stride above
+    backbone = folder / "ivt.json"  # the released sizes except for the words, which cost nothing, and the stride above
     backbone.write_text(json.dumps({"vocab_size": len(TINY_VOCABULARY.read_text().split())}))
     return replace(config, backbone=str(backbone), stride=12)
 
@@ -88,7 +88,7 @@ def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu"
         precision: fp32, or bf16 for the forward pass.
 
     Returns:
-        Median `seconds`, peak memory in `MiB`, and floating-point operations a pair in millions, `MFLOP` (see
+        Median `seconds`, peak memory in `MiB`, and floating-point operations per pair in millions, `MFLOP` (see
         `training_flops`; the optimiser's few are left out).
     """
     model, batch = first_batch(method, folder)
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass")
     parser.add_argument("--method", choices=METHODS, help="measure this one alone and print JSON")
-    parser.add_argument("--folder", help="with --method: of the pictures of --full-size, written where there are none")
+    parser.add_argument("--folder", help="with --method: of the pictures of --full-size, written if missing")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as own:
         folder = (options.folder or own) if options.full_size else ""

@@ -12,7 +12,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a parameter `device`: "auto" is a GPU where there is one.
+    """The device of a parameter `device`: "auto" is a GPU if available.
 
     A chosen GPU multiplies in float32 as a CPU does: cuDNN's convolutions would otherwise round their inputs to TF32.
 

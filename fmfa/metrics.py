@@ -54,7 +54,7 @@ class RankMetrics:
         return self._open(((self.first_rank >= 1) & (self.first_rank <= rank)).astype(np.float64))
 
     def per_query(self) -> dict[str, np.ndarray]:
-        """The metrics that tables report, by name, one value a query: R@1, R@5, R@10, mAP and mINP."""
+        """The metrics that tables report, by name, one value per query: R@1, R@5, R@10, mAP and mINP."""
         return {
             **{f"R@{rank}": self.recall(rank) for rank in (1, 5, 10)},
             "mAP": self._open(self.average_precision),
@@ -100,7 +100,7 @@ def rank_metrics(
         gallery_identity: integers [G].
         protocol: "standard" (usual average precision), or "ivt" (trapezoidal average precision of the
             released IVT code; queries without a match stay in every denominator).
-        gallery_step: every `gallery_step`-th gallery row is used. IVT's code takes one row a caption and
+        gallery_step: every `gallery_step`-th gallery row is used. IVT's code takes one row per caption and
             then every second row on CUHK-PEDES and RSTPReid (2), all rows on ICFG-PEDES (1).
 
     Returns:

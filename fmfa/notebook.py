@@ -168,14 +168,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.help_parameters:
             print_parameters(notebook_parameters(options.notebook).values())
             return 0
+        if not options.progress:
+            os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         if options.in_place:
             refresh_notebook(options.notebook)
             return 0
         if options.output is None:
             parser.error("the output is missing")
         given = given_parameters(options)
-        if not options.progress:
-            os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         record = run_notebook(
             options.notebook, options.output, given, timeout=options.timeout, progress=options.progress
         )
@@ -373,7 +373,7 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
 
     Text (from a command line, or YAML's `1e-5`) is read as the declared type: booleans as `true` or
     `false`, lists as YAML (`[1, 2]`). Other values must have the type already; an int is taken for a float.
-    Elements of a list are converted to the type of the default's first element, where there is one.
+    Elements of a list are converted to the type of the default's first element, if there is one.
 
     Paths (`FOLDERS`, and of `FILES` what is there) come out absolute: `~` is the user's home, a relative path starts in
     this process' working folder. A file of the project keeps its path within it, so that records are the same anywhere.
@@ -553,7 +553,7 @@ class VisualiseParameters(SystemParameters):
 def require_results(folder: str) -> None:
     """Raise ConfigError unless `folder` is a folder."""
     if not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is no folder; expected one with a folder a run, as `make study` writes")
+        raise ConfigError(f"{folder} is no folder; expected a folder with one folder per run, as `make study` writes")
 
 
 @checked

@@ -77,7 +77,7 @@ def pretrain(
         method: "clip" (ITC) or "ivt" (ITC + ITM + MLM).
         pairs: pairs seen.
         seed: of weights, stream, order and masks.
-        batch_size: pairs a step.
+        batch_size: pairs per step.
         learning_rate: peak of AdamW; linear warm-up over the share `warmup` of the steps, then cosine to 0.
         weight_decay: of AdamW, on matrices only.
         warmup: see `learning_rate`.
@@ -86,7 +86,7 @@ def pretrain(
         fusion_depth: layers of IVT's fusion encoder, which is not kept.
         temperature: that IVT starts from. Its features have a squared length near their width, so 6.7 is to the tiny
             one what `tau` is to CLIP (released: 0.5; with it, 40,000 pairs left the tiny one at chance).
-        matrix_scale: factor on IVT's initial matrices; 0 stands for sqrt(768 / width), 1 is as released.
+        matrix_scale: factor on IVT's initial matrices; 0 means sqrt(768 / width), 1 is as released.
         precision: bf16 (autocast) or fp32.
         workers: processes that make pairs.
         device: where to train: cpu, cuda, or auto.
@@ -224,9 +224,9 @@ def pretraining_table(folder: str | Path = DATA) -> pd.DataFrame:
         folder: where the records `tiny_*.json` lie.
 
     Returns:
-        One row a model: pairs seen, parameters (trained, and kept for retrieval), operations a pair and in all (forward
-        and backward, a multiplication and an addition as two), time, and R@1 in percent among 512 held-out pairs. A
-        budget that a record lacks is counted anew.
+        One row per model: pairs seen, parameters (trained, and kept for retrieval), operations per pair and in all
+        (forward and backward, a multiplication and an addition as two), time, and R@1 in percent among 512 held-out
+        pairs. A budget missing from a record is counted again.
     """
     rows = {}
     for path in sorted(Path(folder).glob("tiny_*.json")):

@@ -97,10 +97,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """The long-form metrics file of a run: one value a line, appended; a resumed run goes on with its checkpoint's."""
+    """The long-form metrics file of a run: one value per line; a resumed run goes on with its checkpoint's."""
 
     def __init__(self, folder: str | Path, kept: bytes = b"") -> None:
-        """Begin `metrics.csv` in `folder` with `kept`, what a checkpoint keeps of it (empty = start anew).
+        """Begin `metrics.csv` in `folder` with `kept`, what a checkpoint keeps of it (empty = start afresh).
 
         Raises:
             TrainingError: the file cannot be written.
@@ -110,7 +110,7 @@ class MetricsLog:
             part.write_bytes(kept or f"{','.join(METRIC_COLUMNS)}\n".encode())
 
     def add(self, split: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Append one line a value; `epoch` and `step` count what is complete (0 = before training).
+        """Append one line per value; `epoch` and `step` count what is complete (0 = before training).
 
         Raises:
             TrainingError: the file cannot be written.

@@ -105,7 +105,7 @@ def load_system(
             file of any layout that `load_weights` or `load_ivt` understands, weights that open_clip knows as MODEL/TAG
             (`ViT-B-16-quickgelu/openai`) or `hf-hub:...`, or empty for the shipped tiny CLIP. TBPS-CLIP's read pictures
             as their training did.
-        device: where it works: auto (a GPU where there is one), cpu or cuda.
+        device: where it works: auto (a GPU if available), cpu or cuda.
         dataset: name of the data that is searched, whose preset sizes a foreign file gets where `model` has none.
         vocabulary: of an IVT; empty for the one in its run folder, or the one of the model's size.
         model: `backbone`, `image_height`, `image_width`, `stride` and `position_grid` as in `TrainConfig`, for files
@@ -270,7 +270,7 @@ def _foreign(source: str, parameters: dict[str, str | int]) -> TrainConfig:
     if Path(source).is_file():
         ivt = any(name.startswith(IVT_PREFIX) for name in read_state_dict(source))
         return TrainConfig.from_dict({"method": "ivt" if ivt else "clip", "weights": source} | parameters)
-    name = "/".join(Path(source).parts[-2:])  # which a notebook takes for a path from where the user stands
+    name = "/".join(Path(source).parts[-2:])  # which a notebook takes for a path relative to the user's folder
     backbone, _, tag = (name, "", name) if name.startswith(HF_HUB_PREFIX) else name.rpartition("/")
     if not name.startswith(HF_HUB_PREFIX) and not list_pretrained_tags_by_model(backbone):
         raise CheckpointError(

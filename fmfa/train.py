@@ -21,7 +21,7 @@ INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
 def config_parameters() -> dict[str, Parameter]:
-    """Every field of `TrainConfig` as a parameter; the help names the choices where there are some."""
+    """Every field of `TrainConfig` as a parameter; the help names the choices if there are any."""
     parameters = {}
     for name, setting in TrainConfig.__pydantic_fields__.items():
         choices = ", ".join(map(repr, get_args(setting.annotation)))

@@ -99,7 +99,7 @@ class Watch:
         self.running.clear()
 
     def seconds(self, step: str) -> float:
-        """What a step takes from its beginning to its end; NaN where nothing tells."""
+        """What a step takes from its beginning to its end; NaN if unknown."""
         return self._unit(step) * self.count.get(step, 1)
 
     def left(self) -> float:

@@ -60,7 +60,7 @@ def write_icfg(
     file_name: str = "ICFG-PEDES.json",
     **options,
 ) -> Path:
-    """ICFG-PEDES as published: train and test only, one caption an image, ids from 0."""
+    """ICFG-PEDES as published: train and test only, one caption per image, ids from 0."""
     train, test = identities
     records = people(folder, (train, 0, test), images_each, 1, first_id=0, suffix=".jpg", **options)
     return dump(folder / file_name, records)

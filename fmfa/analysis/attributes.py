@@ -28,7 +28,7 @@ def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) ->
         split: name of the split.
 
     Returns:
-        One row per attribute, the most telling first. Shares are percent of the errors, NaN where there are none.
+        One row per attribute, the most telling first. Shares are percent of the errors, NaN if there are none.
         attribute: its name.
         wrong: the person found has another value than the one wanted.
         chance: the same of a picture drawn at random among the other identities'.

@@ -22,7 +22,7 @@ PICTURE, CAPTION = "picture", "caption"
 _HAIR_STYLES = (
     {"short": {"short"}, "long": {"long"}, "shoulder-length": {"shoulder"}},
     {"ponytail": {"ponytail"}, "bun": {"bun"}},
-)  # words of one group may stand in each other's place
+)  # words of one group may replace each other
 _PRONOUNS = {"he": "she", "she": "he", "his": "her", "her": "his"}
 _WHERE = re.compile(r" (?:on|in|at) (?:his|her|their) (?:back|(?:left|right) (?:hand|side))\b")
 _CARRYING = {"pulling": "holding", "holding": "pulling"}  # a suitcase, and all else
@@ -225,7 +225,7 @@ def _lexicons(attribute: str) -> tuple[dict[str, set[str]], ...]:
 
 
 def _said(words: str, lexicon: dict[str, set[str]], told: set[str]) -> tuple[int, int] | None:
-    """Where in a phrase the word stands that means exactly `told`; None unless there is one such place."""
+    """Where in a phrase the word is that means exactly `told`; None unless there is one such place."""
     found = [
         match.span()
         for word, means in lexicon.items()
@@ -242,7 +242,7 @@ def _word_for(value: str, lexicon: dict[str, set[str]], told: set[str]) -> str |
 
 
 def _replaced(text: str, phrase: dict, said: tuple[int, int], word: str) -> tuple[str, str, str]:
-    """What stands before the phrase, with its new article, the new phrase, and what follows."""
+    """What comes before the phrase, with its new article, the new phrase, and what follows."""
     before, old, after = text[: phrase["start"]], text[phrase["start"] : phrase["end"]], text[phrase["end"] :]
     if old[said[0]].isupper():
         word = word[0].upper() + word[1:]
@@ -258,7 +258,7 @@ def _replaced(text: str, phrase: dict, said: tuple[int, int], word: str) -> tupl
 
 
 def _other_side(text: str, phrase: dict) -> tuple[str, str] | None:
-    """Sides stand behind their noun phrase: "a cup in her left hand"."""
+    """Sides follow their noun phrase: "a cup in her left hand"."""
     match = _SIDE.match(text, phrase["end"])
     if match is None:
         return None

@@ -89,7 +89,7 @@ def measure_counterfactual(
         seed: of the draw and of the bootstrap.
 
     Returns:
-        One row a kind and attribute. The total ("all") stands first, a balanced mean, as attributes take turns.
+        One row per kind and attribute. The total ("all") comes first, a balanced mean, as attributes take turns.
         kind: "picture" or "caption", what was changed.
         attribute: what was changed.
         pairs: number of pairs.

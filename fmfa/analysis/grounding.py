@@ -61,11 +61,11 @@ def draw_phrases(dataset: Dataset, split: str, count: int, seed: int = 0) -> pd.
     Args:
         dataset: a SimPEDES.
         split: of the data set.
-        count: phrases; all of them where there are fewer.
+        count: phrases; all of them if there are fewer.
         seed: of the draw.
 
     Returns:
-        One row a phrase in the order of the data set: `image`, `identity`, `caption`, `phrase`, `start` and `end`
+        One row per phrase in the order of the data set: `image`, `identity`, `caption`, `phrase`, `start` and `end`
         (characters of the caption), `part`, `visible` (share of the picture that the part covers) and `visibility`
         (its bin).
 
@@ -87,7 +87,7 @@ def pick_phrases(
         split: of the data set.
         count: how many to draw; at most as many as there are parts.
         seed: of the draw.
-        positions: from 0, in the order of the data set; where there are any, nothing is drawn.
+        positions: from 0, in the order of the data set; if given, nothing is drawn.
 
     Returns:
         As `draw_phrases`, in the order of `positions`.
@@ -231,7 +231,7 @@ def grounding_table(
 
 
 def percent_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The totals of `measure_grounding` in percent, one row a map, then what chance and the prior reach."""
+    """The totals of `measure_grounding` in percent, one row per map, then what chance and the prior reach."""
     total = table[(table["part"] == ALL) & (table["visibility"] == ALL)]
     rows = [
         {"map": r.map, "hit": f"{100 * r.hit:.1f} [{100 * r.hit_low:.1f}, {100 * r.hit_high:.1f}]",

@@ -72,7 +72,7 @@ def token_maps(model: nn.Module, image_tokens: Tensor, text_tokens: Tensor, chos
     """The maps that come from tokens; see `phrase_maps`.
 
     Args:
-        model: whose objectives give EFA's threshold, and whose `irr` the cross attention, where there are any.
+        model: whose objectives give EFA's threshold, and whose `irr` the cross attention, if any.
         image_tokens: [B, 1+N, D].
         text_tokens: [B, L, D].
         chosen: bool [B, L], the phrase's tokens.

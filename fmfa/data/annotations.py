@@ -55,7 +55,7 @@ class Dataset:
     Attributes:
         name: "CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station", or the user's own.
         images: folder that the paths in the table start from.
-        table: one row a caption, the captions of an image adjacent and in file order. Columns: `image` (posix
+        table: one row per caption, the captions of an image adjacent and in file order. Columns: `image` (posix
             path relative to `images`), `identity` (int64, as in the file: what evaluation compares), `label`
             (int64, 0..K-1 over the training identities in ascending order, -1 outside training), `split`
             ("train", "val", "test"), `caption`, `record` (int64, position of the source record in the file,
@@ -384,7 +384,7 @@ def _parse_json(text: str, file: Path):
         if len(record) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise AnnotationError(f"{file}: key {short(twice)} stands twice in one JSON object; keep one of them")
+            raise AnnotationError(f"{file}: key {short(twice)} occurs twice in one JSON object; keep one of them")
         return record
 
     try:
@@ -461,7 +461,7 @@ def _parse_csv(text: str, file: Path) -> list[dict]:
         raise AnnotationError(f"{file}: empty; expected a CSV with a header line")
     header, *body = rows
     if len(set(header)) < len(header):
-        raise AnnotationError(f"{file}: a column name stands twice in the header {short(header)}; rename one")
+        raise AnnotationError(f"{file}: a column name occurs twice in the header {short(header)}; rename one")
     wrong = next((i for i, row in enumerate(body) if len(row) != len(header)), None)
     if wrong is not None:
         raise AnnotationError(

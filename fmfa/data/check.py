@@ -41,7 +41,7 @@ PUBLISHED = {
 }
 """Identities, images, captions by split, as the owners publish them.
 
-CUHK-PEDES: Li et al., CVPR 2017. ICFG-PEDES: Ding et al., arXiv 2107.12666 (one caption an image). RSTPReid:
+CUHK-PEDES: Li et al., CVPR 2017. ICFG-PEDES: Ding et al., arXiv 2107.12666 (one caption per image). RSTPReid:
 Zhu et al., ACM MM 2021 (five images per identity, two captions per image); the older split follows likewise.
 """
 _CHUNK = 64
@@ -59,7 +59,7 @@ class CheckReport:
 
     Attributes:
         dataset: the data set's name.
-        table: one row a check, the worst first: `check`, `severity` ("fatal", "warning", "note", "ok"),
+        table: one row per check, the worst first: `check`, `severity` ("fatal", "warning", "note", "ok"),
             `count` (int64, how many things were found) and `detail` (which, with the first few).
     """
 
@@ -188,7 +188,7 @@ def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Find
         "captions copied onto other identities",
         "warning",
         _places(table[text.isin(copied)]),
-        "no text stands at two identities",
+        "no text belongs to two identities",
         f"{len(copied):,} different texts; a query that fits two people counts one of them as wrong",
     )
 

@@ -23,7 +23,7 @@ _OUTSIDE = r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)"
 _NAMELESS = r"^[./\\]*$|\x00"
 _UNKNOWN_TO_PILLOW = (".heic", ".heif", ".hif", ".jxl", ".dng")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# A marker in a JPEG, without those that stand alone within a scan: stuffed zeros, TEM and RST0 to RST7.
+# A marker in a JPEG, without those that occur alone within a scan: stuffed zeros, TEM and RST0 to RST7.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 _JPEG_FIRST, _JPEG_START, _JPEG_END = 0xC0, 0xD8, 0xD9
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

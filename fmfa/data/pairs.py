@@ -57,7 +57,7 @@ class PairDataset(Dataset):
         Up to 1 GiB of resized pictures are kept in memory.
 
         Args:
-            table: one row a caption, as `Dataset.split` gives it.
+            table: one row per caption, as `Dataset.split` gives it.
             images: folder that the column `image` is relative to.
             tokenizer: of the captions.
             transform: of the pictures.
@@ -238,7 +238,7 @@ def shuffle_pairs(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     trained on these pairs can learn nothing that holds, and must end no better than it started.
 
     Args:
-        table: one row a caption, as `Dataset.split` gives it.
+        table: one row per caption, as `Dataset.split` gives it.
         seed: of the permutation.
 
     Raises:

@@ -20,10 +20,10 @@ class PartMaps:
     """Part maps and phrase parts of the rows of a caption table. Parts are positions in `canvas.PARTS`."""
 
     def __init__(self, table: pd.DataFrame, images: str | Path, tokenizer: Tokenizer) -> None:
-        """Read the truth beside the pictures; the maps stay in memory, a byte a pixel.
+        """Read the truth beside the pictures; the maps stay in memory, a byte per pixel.
 
         Args:
-            table: of the split "train", one row a caption; `image` and `caption` are used.
+            table: of the split "train", one row per caption; `image` and `caption` are used.
             images: folder of the pictures.
             tokenizer: of the captions.
 
@@ -66,7 +66,7 @@ class PartMaps:
         return v2.functional.resize(parts, list(size), InterpolationMode.NEAREST_EXACT)
 
     def tokens(self, row: int, length: int, *, swapped: bool) -> Tensor:
-        """The part that each token of a row's caption speaks of, int64 [length], -1 where there is none.
+        """The part that each token of a row's caption speaks of, int64 [length], -1 if none.
 
         Args:
             row: of the table.

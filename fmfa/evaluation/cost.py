@@ -41,16 +41,16 @@ def inference_cost(
     at random, since its time does not depend on their values.
 
     Args:
-        model: any model of the interface, where it is; left as it was.
+        model: any model of the interface, on its device; it is not changed.
         tokenizer: the model's.
         transform: the model's evaluation transform.
-        rows: the split, one row a caption.
+        rows: the split, one row per caption.
         images: folder that the column `image` is relative to.
         batch_size: pictures and captions at a time.
         repeats: timed runs, of which the median counts.
 
     Returns:
-        One row a quantity: `quantity`, `value`, `unit`, `setting` (device, threads, sizes).
+        One row per quantity: `quantity`, `value`, `unit`, `setting` (device, threads, sizes).
 
     Raises:
         AnnotationError, ImageError: see `fmfa.evaluation.evaluate.evaluate`.
@@ -131,7 +131,7 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
 
 
 def training_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Floating-point operations a pair of one forward and backward pass on a batch.
+    """Floating-point operations per pair of one forward and backward pass on a batch.
 
     Matrix products and convolutions are counted, a multiplication and an addition as two. For every model whose forward
     takes a batch. Gradients are cleared; the default generators are left as they were, the model's own are not.

@@ -36,7 +36,7 @@ class Evaluation:
     caption; a hit is the same identity. Features are compared by their cosine.
 
     Attributes:
-        rows: the split's table, one row a caption, index 0..Q-1.
+        rows: the split's table, one row per caption, index 0..Q-1.
         gallery: table of the G different images in order of appearance: `image`, `identity`.
         text_features: float32 [Q, D], not normalised.
         image_features: float32 [G, D], not normalised.
@@ -137,7 +137,7 @@ def evaluate(
 
     Args:
         model: any model of the interface (`encode_image`, `encode_text`), on any device.
-        rows: one row a caption, as `Dataset.split` gives it; `image`, `identity` and `caption` are used.
+        rows: one row per caption, as `Dataset.split` gives it; `image`, `identity` and `caption` are used.
         images: folder that the column `image` is relative to.
         tokenizer: the model's.
         transform: the model's evaluation transform, which fixes the picture size.
@@ -265,18 +265,18 @@ def _cosine(query: Tensor, gallery: Tensor) -> Tensor:
 
 
 def shuffle_captions(evaluation: Evaluation, seed: int = 0) -> Evaluation:
-    """The same evaluation with the captions dealt out anew among the queries, without encoding anything again.
+    """The same evaluation with the captions shuffled among the queries, without encoding anything again.
 
     A query keeps its identity and gets a random caption, once in a while one of its own identity: only so is R@1
     expected to be that of a random ranking. (With captions of other identities alone a perfect system would have 0.) At
-    deeper ranks a good system stands below a random ranking, because pictures of one person follow each other.
+    deeper ranks a good system is below a random ranking, because pictures of one person follow each other.
 
     Args:
         evaluation: of a split.
         seed: of the permutation.
 
     Returns:
-        An evaluation whose R@1 is at chance but for the luck of the permutation; where it is above, the answer has
+        An evaluation whose R@1 is at chance, apart from the luck of the permutation; where it is above, the answer has
         another way to the system than the caption.
     """
     order = torch.randperm(len(evaluation.rows), generator=torch.Generator().manual_seed(seed))

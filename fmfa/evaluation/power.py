@@ -35,7 +35,7 @@ def variance_components(differences: np.ndarray, identity: np.ndarray) -> Compon
 
     Args:
         differences: float [S, Q], paired differences with S of 2 or more; a query with NaN anywhere is left out.
-        identity: integers [Q]; with one query an identity the query's part counts as the identity's.
+        identity: integers [Q]; with one query per identity the query's part counts as the identity's.
 
     Raises:
         ValueError: fewer than two seeds or two identities.

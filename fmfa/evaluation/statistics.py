@@ -21,7 +21,7 @@ LEVEL = 0.95  # of every interval, unless told otherwise
 class Interval:
     """A mean over queries with its confidence interval, in the unit of the values.
 
-    Both ends are NaN where there is only one identity: one says nothing about others.
+    Both ends are NaN with only one identity: one says nothing about others.
     """
 
     estimate: float
@@ -159,7 +159,7 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.G
 
 
 def interval_over_seeds(means: np.ndarray, seed_means: np.ndarray, level: float) -> Interval:
-    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t where there are several.
+    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t if there are several.
 
     Its ends are quantiles of the mixture of R t distributions, one around each of the means.
     """
@@ -269,7 +269,7 @@ def compare_rows(
     rejects far too often when it is read as a statement on further trainings.
 
     Args:
-        first: float [S, Q], one row's values, a line a seed; a query with NaN anywhere is left out.
+        first: float [S, Q], one row's values, one line per seed; a query with NaN anywhere is left out.
         second: float [S, Q], the other's with the same seeds in the same order. Either may be [1, Q], for a reference
             without seeds such as zero-shot.
         identity: integers [Q].

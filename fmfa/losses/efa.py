@@ -24,7 +24,7 @@ def sparsify(similarity: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Ten
 
     Args:
         similarity: [..., N], token-patch scores.
-        sigma: threshold after min-max, in [0, 1); 0 stands for the method's 1/N.
+        sigma: threshold after min-max, in [0, 1); 0 means the method's 1/N.
         keep: ">=" keeps entries equal to the threshold (paper), ">" drops them (released code).
 
     Returns:

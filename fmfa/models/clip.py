@@ -65,7 +65,7 @@ class TokenEncoder(nn.Module):
         """Encode captions, int64 [B, context length].
 
         By default a causal tower runs on the longest caption of the batch: what follows the end token
-        cannot change what stands before it.
+        cannot change what comes before it.
 
         Args:
             ids: token ids.

@@ -70,7 +70,7 @@ def _bin_start(name: str) -> float:
 def plot_phrase_maps(system: System, dataset: Dataset, split: str, phrases: pd.DataFrame) -> Figure:
     """Show every map that a system has of some phrases, over the pictures, with the true part outlined.
 
-    One line a phrase: the picture, then its maps (FMFA, TOMM 2026, Figure 5: the token-patch map before and after
+    One line per phrase: the picture, then its maps (FMFA, TOMM 2026, Figure 5: the token-patch map before and after
     sparsification). Each map goes from its lowest to its highest patch, marked by a cross.
 
     Args:
@@ -144,7 +144,7 @@ def _outline(axis: Axes, mask: np.ndarray) -> None:
 def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int = 0, people: int = 4) -> Figure:
     """Show people beside themselves with one attribute changed, under the caption that no longer fits.
 
-    One line a person: a caption whose phrases are set bold in the colour of the picture in which they are no longer
+    One line per person: a caption whose phrases are set bold in the colour of the picture in which they are no longer
     true; the original picture; up to three changed ones, each with the new value and the cosine similarity with the
     caption. A change that is followed lowers the similarity: it is ticked, and an equal similarity marked by "=".
 

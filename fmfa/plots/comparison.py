@@ -51,7 +51,7 @@ def plot_comparison(results: Results, split: str = "test", seed: int = 0) -> Fig
 def plot_claims(table: pd.DataFrame, own: pd.DataFrame | None = None, name: str = "") -> Figure | None:
     """Show the measured difference of each claim that was run with its intervals; None without any.
 
-    Thick bars are 95 % intervals, thin ones those corrected by Holm's method, which leave zero out just where there is
+    Thick bars are 95 % intervals, thin ones those corrected by Holm's method, which exclude zero exactly if there is
     a verdict.
 
     Args:

@@ -41,7 +41,7 @@ def words(captions: pd.Series) -> pd.Series:
 
 
 def plot_counts(dataset: Dataset) -> Figure:
-    """Show how many pictures an identity and how many captions a picture has, by split."""
+    """Show how many pictures per identity has and how many captions per picture has, by split."""
     table = dataset.table
     images = table.groupby(["split", "identity"], observed=True)["image"].nunique().rename("images per identity")
     captions = table.groupby(["split", "image"], observed=True).size().rename("captions per image")

@@ -140,7 +140,7 @@ def pick_queries(evaluation: Evaluation, count: int, seed: int = 0) -> dict[str,
     """Draw captions at random: `hits`, right at rank 1, and `misses`, first right beyond rank 10.
 
     Returns:
-        Row positions in `evaluation.rows`, ascending; fewer than `count` where there are fewer.
+        Row positions in `evaluation.rows`, ascending; fewer than `count` if there are no more.
     """
     rank, rng = evaluation.metrics[TEXT_TO_IMAGE].first_rank, np.random.default_rng(seed)
     found = {"hits": np.flatnonzero(rank == 1), "misses": np.flatnonzero(rank > 10)}
@@ -154,7 +154,7 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
         evaluation: of a split.
         images: folder that the column `image` is relative to.
         queries: row positions of the captions; without any, the figure says so.
-        k: pictures a caption.
+        k: pictures per caption.
     """
     if not len(queries):
         return _notice("no caption to show")

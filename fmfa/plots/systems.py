@@ -26,7 +26,7 @@ def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: 
     """Draw captions whose person some systems find first and others do not; of one system, captions that it misses.
 
     Returns:
-        Row positions in the evaluations' `rows`, ascending; fewer than `count` where there are fewer.
+        Row positions in the evaluations' `rows`, ascending; fewer than `count` if there are no more.
     """
     hits = np.stack([e.metrics[TEXT_TO_IMAGE].first_rank == 1 for e in evaluations.values()])
     differing = hits.any(axis=0) != hits.all(axis=0) if len(hits) > 1 else ~hits[0]
@@ -39,7 +39,7 @@ def plot_side_by_side(
 ) -> Figure:
     """Show the k best pictures of one caption under each system, one line a system (FMFA, TOMM 2026, Figures 6 to 8).
 
-    Right persons are framed green and ticked, others red and crossed; on SimPEDES, below each wrong person stands what
+    Right persons are framed green and ticked, others red and crossed; on SimPEDES, below each wrong person is what
     the caption rules out in it.
 
     Args:
@@ -167,7 +167,7 @@ def plot_joint_space(
         axis.annotate(str(place + 1), centre, fontsize=12, weight="bold", ha="center", va="center", bbox=box)
     counts = table["kind"].value_counts()
     axis.set(
-        xlabel=f"t-SNE (cosine, perplexity {perplexity:.0f}): neighbours stand together, distances have no unit",
+        xlabel=f"t-SNE (cosine, perplexity {perplexity:.0f}): neighbours are close together, distances have no unit",
         xticks=[],
         yticks=[],
         title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "

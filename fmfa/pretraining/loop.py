@@ -38,7 +38,7 @@ def pretrain_model(
 
     Returns:
         The curve (pairs seen, losses and statistics of the step, R@1 of the held-out pairs, seconds so far), and the
-        seconds of all sittings.
+        seconds of all sessions.
 
     Raises:
         ConfigError: the resume file is of other settings.
@@ -155,11 +155,11 @@ def _go_on(
     except Exception as error:  # of a damaged file the readers raise nearly anything
         raise CheckpointError(
             f"{resume} is not what an interrupted pre-training left, or is damaged ({type(error).__name__}); "
-            "remove it to begin anew"
+            "remove it to begin from the start"
         ) from error
     raise ConfigError(
         f"{resume}: belongs to a pre-training with other settings ({', '.join(changed)}); "
-        "repeat its settings to go on, or remove the file to begin anew"
+        "repeat its settings to go on, or remove the file to begin from the start"
     )
 
 

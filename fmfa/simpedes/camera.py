@@ -184,7 +184,7 @@ def _passer_by(draw: ImageDraw.ImageDraw, size: tuple[int, int], u: list[float])
 def composite(canvas: Canvas, indices: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Lay a painted canvas over a background of the output size; returns uint8 [H, W, 3]."""
     rows, columns = indices.shape
-    painted = np.take(canvas.palette.view(np.uint32)[:, 0], indices)  # four bytes a pixel in one look-up
+    painted = np.take(canvas.palette.view(np.uint32)[:, 0], indices)  # four bytes per pixel in one look-up
     # "RGBX" averages four plain channels; "RGBA" would be multiplied by its alpha on the way.
     figure = Image.frombuffer("RGBX", (columns, rows), painted.tobytes(), "raw", "RGBX", 0, 1)
     if canvas.supersampling > 1:

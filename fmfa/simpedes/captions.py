@@ -300,7 +300,7 @@ class _Annotator:
 
 
 class _Text:
-    """Builds a caption piece by piece and remembers where each phrase stands."""
+    """Builds a caption piece by piece and remembers where each phrase is."""
 
     def __init__(self):
         self._pieces: list[str] = []

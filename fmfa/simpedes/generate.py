@@ -2,7 +2,7 @@
 
     ROOT/imgs/...            the pictures (PNG)
     ROOT/reid_raw.json       annotations, exactly as CUHK-PEDES distributes them
-    ROOT/truth/SHARD.jsonl   one line a picture: attributes, camera, view, visibility, phrases, mistakes
+    ROOT/truth/SHARD.jsonl   one line per picture: attributes, camera, view, visibility, phrases, mistakes
     ROOT/truth/SHARD.npz     part maps of the shard's pictures, uint8 [n, H, W], in the same order
     ROOT/recipe.json         the recipe; written first
     ROOT/dataset.json        the recipe, counts, the ceiling of validation and test, and checksums of recipe and truth
@@ -56,7 +56,7 @@ class Recipe:
     train: int = 700  # identities
     val: int = 100
     test: int = 200
-    images: int = 4  # pictures an identity, each by another camera where there are enough
+    images: int = 4  # pictures per identity, each by another camera if there are enough
     captions: int = 2  # annotators a picture
     family: int = 2  # identities that differ in one or two attributes
     height: int = BASE_SIZE[0]  # pixels

@@ -81,7 +81,7 @@ def read_parts(root: str | Path, split: str) -> dict[str, np.ndarray]:
 
 
 def read_object(root: str | Path, name: str) -> dict:
-    """Return the JSON object in a file of a data set; raises AnnotationError where there is none."""
+    """Return the JSON object in a file of a data set; raises AnnotationError if there is none."""
     try:
         return read_json(Path(root) / name, AnnotationError)
     except AnnotationError as error:

@@ -230,7 +230,7 @@ def difference_columns(found: RowComparison | None) -> dict[str, float]:
 
 
 def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
-    """Holm's correction of a family of comparisons; empty where there is no p value.
+    """Holm's correction of a family of comparisons; empty without p values.
 
     Returns:
         One line per comparison: `p (Holm)`, and `low (Holm)` and `high (Holm)`, the interval in points of R@1 at the

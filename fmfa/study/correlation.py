@@ -67,7 +67,7 @@ def correlation_table(table: pd.DataFrame, group: str, measure: str, seed: int =
         seed: of the bootstrap.
 
     Returns:
-        One line a value of `group`: rows, runs, rho, low, high.
+        One line per value of `group`: rows, runs, rho, low, high.
     """
     lines = []
     for name, runs in table.groupby(group, sort=False) if len(table) else ():

@@ -41,7 +41,7 @@ class Run:
     results: str  # folder of the runs that are compared with each other
     row: str
     seed: int
-    parameters: dict[str, Any]  # of 03_train, complete but for defaults
+    parameters: dict[str, Any]  # of 03_train, complete except for defaults
     source: str = ""  # of a cross-domain evaluation: the folder of the run that is evaluated
     test: dict[str, Any] = field(default_factory=dict)  # of 04_evaluate, where it differs from 03_train
 
@@ -148,7 +148,7 @@ def read_study(config: Mapping[str, Any]) -> Study:
 
 
 def expand_rows(defined: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
-    """The rows of study.yml by name, each curve expanded to one row a point.
+    """The rows of study.yml by name, each curve expanded to one row per point.
 
     A curve has `over`, a list of values by variable; `{variable}` in its parameters is replaced. A point is named
     `CURVE=value` where the variable has the curve's name, else `CURVE_variable=value_...`.
@@ -209,7 +209,7 @@ def spoken(seconds: float) -> str:
 
 
 def read_definition(path: str | Path = "study.yml") -> dict[str, Any]:
-    """Read the content of study.yml, which `read_study` checks; ConfigError where it is no YAML mapping."""
+    """Read the content of study.yml, which `read_study` checks; ConfigError if it is no YAML mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # PyYAML lets errors of every kind through

@@ -28,7 +28,7 @@ def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -
         split: of the data set.
 
     Returns:
-        One row a system and direction, then chance and, where it is known, the ceiling; columns are the metrics, each
+        One row per system and direction, then chance and, if known, the ceiling; columns are the metrics, each
         a string "value [low, high]", and the numbers of queries and gallery items.
     """
     rows = []

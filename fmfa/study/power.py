@@ -21,7 +21,7 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     """Variance components of the paired differences that the claims speak of, as standard deviations in points of R@1.
 
     Returns:
-        One line a pair of trained rows of `data/claims.yml` that share two seeds or more: row, minus, seeds,
+        One line per pair of trained rows of `data/claims.yml` that share two seeds or more: row, minus, seeds,
         identities, queries, then the components (see `fmfa.evaluation.power.Components`), and `seed means` with its
         95 % interval by chi-square: the spread of whole seeds, known only roughly from a few. Empty without pairs.
     """
@@ -77,7 +77,7 @@ def gains_table(table: pd.DataFrame, identities: Sequence[int] = IDENTITIES) -> 
         identities: of the test set, one column each; the table's own number is added.
 
     Returns:
-        One line a published gain (points of R@1 on real data, not measured here), the smallest first. "never" where
+        One line per published gain (points of R@1 on real data, not measured here), the smallest first. "never" where
         10,000 seeds do not suffice, because too few identities remain the limit.
     """
     components, queries = pooled_components(table)

@@ -453,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def trained_on(folder: str | Path) -> str:
-    """Name the data set that a run was trained on, by its record; "" where there is none."""
+    """Name the data set that a run was trained on, by its record; "" if there is none."""
     name = read_record(folder).get("config", {}).get("dataset", "")
     return which_dataset(name) if name else ""
 

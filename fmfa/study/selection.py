@@ -24,7 +24,7 @@ def selection_table(results: Results, split: str = "test", seed: int = 0, halves
     somewhat larger than with all of them.
 
     Returns:
-        One line a row with two runs or more, and "all rows"; in percent and points of R@1:
+        One line per row with two runs or more, and "all rows"; in percent and points of R@1:
         `mean of the runs`: what a study with seeds reports;
         `claimed`: R@1 of the best on the half that it was picked on;
         `on other people`: R@1 of the same run on the other half;
@@ -72,7 +72,7 @@ def epochs_table(results: Results, split: str = "test", seed: int = 0, halves: i
     """What reporting the best epoch on test claims, as the released codes do, against the epoch of validation.
 
     Returns:
-        One line a row whose runs kept their epochs, in percent and points of R@1, means over those runs:
+        One line per row whose runs kept their epochs, in percent and points of R@1, means over those runs:
         `chosen on validation`: test R@1 of the epoch with the best validation R@1;
         `best on test`: the largest test R@1 of all epochs, what would be claimed;
         `added`: the second minus the first;

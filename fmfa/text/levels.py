@@ -90,12 +90,12 @@ def text_levels(
             In both the phrase level is one of `phrase_candidates`. "true_spans": the phrases at
             `spans` replace the cutting; the word level joins some of them by the attribute rule and
             the phrase level is one of them.
-        attributes: name -> phrase, form "attributes" only; None or empty where there are none.
+        attributes: name -> phrase, form "attributes" only; None or empty if there are none.
         spans: character spans [start, end) of the caption's phrases, form "true_spans" only.
 
     Returns:
         The texts; where a level has no candidate or draws an empty text (the released code raises or
-        goes on with nothing), the whole caption stands in, and `fallbacks` counts it (0, 1 or 2).
+        goes on with nothing), the whole caption is used, and `fallbacks` counts it (0, 1 or 2).
 
     Raises:
         ConfigError: unknown form, "true_spans" without spans, or a span outside the caption.

@@ -115,7 +115,7 @@ def describe_levels(config: TrainConfig, table: pd.DataFrame) -> str:
         return "text levels: the whole caption alone"
     whole = reader.fallbacks(table, np.random.default_rng(config.seed))
     return (
-        f"text levels ({config.text_levels}): word, phrase and sentence; for want of a piece the whole caption stands "
+        f"text levels ({config.text_levels}): word, phrase and sentence; without a piece the whole caption is used "
         f"in for {whole:,} of {2 * len(table):,} word- and phrase-level texts"
     )
 

@@ -267,4 +267,4 @@ def _checksum(*values: Mapping[str, Any]) -> str:
 
 
 def _advice(home: Path) -> str:
-    return f"restore it from a copy, or delete {home} and start the run again: it then begins anew"
+    return f"restore it from a copy, or delete {home} and start the run again: it then begins from the start"

@@ -29,7 +29,7 @@ def _setting(default: Any, help_text: str, **limits: float) -> Any:
 class TrainConfig:
     """Everything that decides a training run, in values that a notebook's parameters can hold.
 
-    `dataset` is kept in its canonical spelling. 0, -1 or "" stands for the preset's value where the help says so;
+    `dataset` is kept in its canonical spelling. 0, -1 or "" means the preset's value if the help says so;
     `resolved` fills those in. Every field's help text and limits are in its pydantic field.
 
     Raises:
@@ -78,7 +78,7 @@ class TrainConfig:
     mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", ge=-1, le=0.9)
     mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", ge=-1, le=0.9)
     seed: Seed = _setting(0, "of weights, sampling, augmentation, masking and dropout")
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto uses a GPU if available")
     workers: Count = _setting(0, "loader processes")
     evaluate_every: Positive = _setting(1, "epochs between validations; the last is always validated")
     checkpoint_every: Count = _setting(0, "steps between checkpoints within an epoch; 0 = none")
@@ -97,7 +97,7 @@ class TrainConfig:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """`position_grid` as (rows, columns); None where it is empty."""
+        """`position_grid` as (rows, columns); None if it is empty."""
         found = re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", self.position_grid)
         return (int(found[1]), int(found[2])) if found else None
 

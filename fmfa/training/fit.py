@@ -48,7 +48,7 @@ def fit(
     """Train a model, or go on with the run that `folder` holds.
 
     Weights, metrics and records go to `folder`: `config.json`, `run.json`, `weights.txt`, `metrics.csv`, `logs/` and
-    `checkpoints/` (the last, and the best by validation R@1; the earlier epoch stands at a tie; with
+    `checkpoints/` (the last, and the best by validation R@1; the earlier epoch wins a tie; with
     `keep_epochs` the weights after every epoch as well). A run
     that was interrupted anywhere continues from its last complete checkpoint and ends, on the same
     machine with the same number of processes, with the same weights bit by bit. A finished run is left
