@@ -131,7 +131,7 @@ def _rows(records: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
     if derived:
         notes.append(f"The file's own {' and '.join(derived)} were replaced by what its records say.")
     standard = []
-    for number, record in enumerate(records.to_dict("records")):
+    for number, record in enumerate(records.to_dict("records") or [{}]):  # pandas has no records without columns
         try:
             standard.append(_standard_fields(record))
         except ValueError as error:
