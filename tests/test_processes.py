@@ -29,14 +29,14 @@ print(len(left))
 """
 GENERATION = """
 import sys
-from fmfa.simpedes import generate, recipe
+from fmfa.simpedes.generate import generate, recipe
 generate(sys.argv[1], recipe("large"), workers=2, progress=False)
 """
 CHECK = """
 import sys
 from pathlib import Path
 from PIL import Image
-from fmfa.check.pictures import decode_pictures
+from fmfa.data.check import decode_pictures
 Image.new("RGB", (3000, 3000)).save(Path(sys.argv[1], "large.png"))
 decode_pictures(Path(sys.argv[1]), ["large.png"] * 100_000, 2, False)
 """
@@ -50,7 +50,7 @@ for batch in make_loader(Numbers(range(10)), [[number] for number in range(10)],
 """
 NOTEBOOK = """
 import sys
-from fmfa.runner import run_notebook
+from fmfa.notebook import run_notebook
 run_notebook(sys.argv[1] + "/sleep.ipynb", sys.argv[1] + "/out.ipynb")
 """
 

@@ -170,7 +170,7 @@ def test_truth_that_the_batch_lacks_is_named(wanted):
 
 
 def test_wrong_oracle_objectives_are_errors():
-    with pytest.raises(ConfigError, match=r"grounding_tau is 0\.0, expected more than 0"):
+    with pytest.raises(ConfigError, match=r"grounding_tau: should be greater than 0, found 0\.0"):
         Objectives(grounding_tau=0.0)
-    with pytest.raises(ConfigError, match=r"grounding is -1\.0, expected 0 or more"):
+    with pytest.raises(ConfigError, match=r"grounding: should be greater than or equal to 0, found -1\.0"):
         Objectives(grounding=-1.0)
