@@ -419,6 +419,7 @@ def make(folder, *words):
     return subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT | {"STUDY": str(folder)}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )  # fmt: skip
 
 
