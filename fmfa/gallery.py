@@ -35,6 +35,7 @@ RECORD = "gallery.json"
 TABLE = "gallery.sqlite"
 VECTORS = "vectors"
 OWN_COLUMNS = ("vector", "path", "size", "changed")  # of the table; further ones are the user's
+_HIT_COLUMNS = ("query", "rank", "cosine", "deviations")
 _SCHEMA = "vector INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed REAL"
 _BATCH = 512
 _HALF_ERROR = 4e-3  # bound on the error of a cosine that is computed and stored in half precision
@@ -87,7 +88,8 @@ class Gallery:
         Raises:
             ConfigError: the condition is not valid; the columns are named.
         """
-        return self._select("*", where)
+        with _connected(self.folder) as table:
+            return self._select(table, "*", where)
 
     def search(self, query: Tensor, k: int = 10, where: str = "") -> pd.DataFrame:
         """The k pictures closest to an embedding, exactly, best first; of equal ones the earlier added.
@@ -107,39 +109,42 @@ class Gallery:
         if query.shape != (self.vectors.shape[1],):
             raise ConfigError(f"the query has shape {tuple(query.shape)}, expected ({self.vectors.shape[1]},)")
         query = F.normalize(query.detach().cpu().float(), dim=0)
-        whole = not where and len(self) == len(self.vectors)
-        places = np.arange(len(self.vectors)) if whole else self._select("vector", where)["vector"].to_numpy(int)
-        vectors = torch.from_numpy(self.vectors if whole else self.vectors[places])
-        rough = torch.mv(vectors, query.half()).float()
-        kth = rough.topk(min(k, len(rough))).values[-1] if len(rough) else 0
-        near = (rough >= kth - _HALF_ERROR).nonzero()[:, 0]
-        cosine = vectors[near].float() @ query
-        order = cosine.argsort(descending=True, stable=True)[:k]
-        best = places[near[order].numpy()]
+        with _connected(self.folder) as table:
+            table.execute("BEGIN")  # one state of the table, whoever writes to it meanwhile
+            places = self._select(table, "vector", where)["vector"].to_numpy(int)
+            whole = len(places) == len(self.vectors)
+            vectors = torch.from_numpy(self.vectors if whole else self.vectors[places])
+            rough = torch.mv(vectors, query.half()).float()
+            kth = rough.topk(min(k, len(rough))).values[-1] if len(rough) else 0
+            near = (rough >= kth - _HALF_ERROR).nonzero()[:, 0]
+            cosine = vectors[near].float() @ query
+            order = cosine.argsort(descending=True, stable=True)[:k]
+            best = places[near[order].numpy()]
+            rows = self._select(table, "*", f"vector IN ({', '.join(map(str, best))})").set_index("vector").loc[best]
         spread = float(rough.std()) if len(rough) > 1 else float("nan")
-        rows = self._select("*", f"vector IN ({', '.join(map(str, best))})").set_index("vector").loc[best]
         deviations = (cosine[order] - rough.mean()) / spread
         return rows.reset_index(drop=True).assign(cosine=cosine[order].numpy(), deviations=deviations.numpy())
 
-    def _select(self, columns: str, where: str) -> pd.DataFrame:
+    def _select(self, table: sqlite3.Connection, columns: str, where: str) -> pd.DataFrame:
+        """Rows that a condition selects, of those whose vectors were there when the gallery was opened."""
         condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
-        with _connected(self.folder) as table:
-            known = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
-            table.set_authorizer(_read_only)
-            try:
-                return pd.read_sql_query(f"SELECT {columns} FROM pictures WHERE {condition} ORDER BY vector", table)
-            except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
-                reason = f"{error.__cause__ or error}; columns are {', '.join(known)}"
-                raise ConfigError(f"the condition {where!r} is not valid: {reason}") from None
+        known = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
+        table.set_authorizer(_read_only)
+        try:
+            return pd.read_sql_query(f"SELECT {columns} FROM pictures WHERE {condition} ORDER BY vector", table)
+        except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
+            reason = f"{error.__cause__ or error}; columns are {', '.join(known)}"
+            raise ConfigError(f"the condition {where!r} is not valid: {reason}") from None
+        finally:
+            table.set_authorizer(None)
 
 
 def open_gallery(folder: str | Path) -> Gallery:
     """Open a gallery; ConfigError if there is none or it is damaged."""
     folder = Path(folder)
-    record = read_json(folder / RECORD)
-    missing = {"fingerprint", "dimension", "system", "sources"} - set(record)
-    if missing or not (folder / TABLE).is_file():
-        raise ConfigError(f"{folder} is no gallery: {', '.join(sorted(missing)) or TABLE} is missing; build it again")
+    record = _read_record(folder)
+    if not (folder / TABLE).is_file():
+        raise ConfigError(f"{folder} is no gallery: {TABLE} is missing; build it again")
     path, size = folder / VECTORS, record["dimension"]
     held = path.stat().st_size // (2 * size) if path.is_file() else 0
     with _connected(folder) as table:
@@ -173,12 +178,12 @@ def build_gallery(
         ConfigError: no such source, another process writes to the gallery, or another system encoded it.
     """
     folder = Path(folder)
+    pictures, faults = _pictures_at(source, opening)
     with said_plainly(f"{folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with held_folder(folder):
-        pictures, faults = _pictures_at(source, opening)
         mark = fingerprint(system)
-        record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+        record = _read_record(folder) if (folder / RECORD).exists() else None
         if record and record["fingerprint"] != mark:
             raise ConfigError(f"{folder} was encoded by another system; give another folder, or that system's weights")
         entry = {"source": source, **opening}
@@ -214,6 +219,9 @@ def refresh_gallery(folder: str | Path, system: System, *, progress: bool = True
 
     Returns:
         How many were removed, and by path why a picture was left out.
+
+    Raises:
+        ConfigError: a whole source is gone, as that of a disk that is not mounted; nothing is removed then.
     """
     gallery = open_gallery(folder)
     faults: dict[str, str] = {}
@@ -323,6 +331,16 @@ def _tell(folder: str, faults: dict[str, str]) -> None:
     print(f"{folder}: {len(open_gallery(folder)):,} pictures{left_out}")
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / RECORD)
+    kinds = {"fingerprint": str, "dimension": int, "system": dict, "sources": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]:
+        raise ConfigError(
+            f"{folder / RECORD} is damaged: {', '.join(wrong)} missing or not of its kind; build it again"
+        )
+    return record
+
+
 def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, str]]:
     """Table with absolute `path`, `size`, `changed` and the source's own columns; and what is missing, by path."""
     faults: dict[str, str] = {}
@@ -331,8 +349,10 @@ def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, di
         table = pd.DataFrame({"path": paths})
     elif os.path.isfile(source):
         table = _read_table(Path(source))
-    else:
+    elif opening and os.sep not in source:
         table = _of_dataset(open_dataset(source, opening["root"], scale=opening["scale"]), opening["split"])
+    else:
+        raise ConfigError(f"{source}: no such folder or table; give one that is there, or the name of a data set")
     table["path"] = [_absolute(path) for path in table["path"]]
     table = table.drop_duplicates("path", ignore_index=True)
     found = [os.stat(path) if os.path.isfile(path) else None for path in table["path"]]
@@ -344,13 +364,17 @@ def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, di
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False)
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, keep_default_na=False, na_values=[""])
+        )
     except Exception as error:  # pandas lets errors of every kind through
         raise ConfigError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
     table = table.rename(columns={"image": "path"}) if "path" not in table else table
     if "path" not in table:
         raise ConfigError(f"{path} has the columns {', '.join(map(str, table))}; expected `path` or `image`")
-    taken = sorted(set(table) & (set(OWN_COLUMNS) - {"path"}))
+    taken = sorted({*OWN_COLUMNS, *_HIT_COLUMNS} & set(table) - {"path"})
     if taken:
         raise ConfigError(f"{path} has a column {taken[0]}, a name that galleries use themselves; rename it")
     return table.assign(path=[str(path.parent / entry) for entry in table["path"].astype(str)])

@@ -151,6 +151,37 @@ def test_another_system_and_a_second_writer_are_refused(tmp_path, crops, system)
     assert "in use by process" in done.stderr
 
 
+def test_a_source_that_is_gone_takes_no_picture_with_it(tmp_path, crops, system):
+    build(tmp_path / "g", crops, system)
+    crops.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="crops: no such folder or table"):
+        refresh_gallery(tmp_path / "g", system, progress=False)
+    assert len(open_gallery(tmp_path / "g")) == 30
+
+
+@pytest.mark.parametrize("source", ["/nowhere", "nowhere.csv", "own.csv", "rank.csv"])
+def test_a_wrong_source_leaves_nothing_behind(tmp_path, system, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"file": ["a.png"]}).to_csv("own.csv", index=False)
+    pd.DataFrame({"path": ["a.png"], "rank": [1]}).to_csv("rank.csv", index=False)
+    with pytest.raises(ConfigError, match=source.removesuffix(".csv")):
+        build(tmp_path / "g", source, system)
+    assert not (tmp_path / "g").exists()
+
+
+def test_an_open_gallery_is_searched_while_it_changes(tmp_path, crops, system):
+    build(tmp_path / "g", crops, system)
+    opened = open_gallery(tmp_path / "g")
+    query = encode_sentence(system.model, "A man.", system.tokenizer)
+    first = opened.search(query, 1)["path"].item()
+    remove_pictures(tmp_path / "g", [first])
+    write_picture(crops / "new.png", 500)
+    build(tmp_path / "g", crops / "..", system)
+    hits = opened.search(query, 100)
+    assert set(hits["path"]) == {str(path) for path in crops.glob("*.png")} - {str(crops / "new.png"), first}
+    assert str(crops / "new.png") in set(open_gallery(tmp_path / "g").search(query, 100)["path"])
+
+
 _KILLED = """
 import os, signal, sys
 from fmfa import gallery

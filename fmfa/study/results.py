@@ -23,7 +23,7 @@ import pandas as pd
 
 from fmfa.data.annotations import SIMPEDES, Dataset
 from fmfa.data.datasets import which_dataset
-from fmfa.errors import ConfigError, checked
+from fmfa.errors import ConfigError, TrainingError, checked
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, shuffle_captions
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, read_json, said_plainly, whole_file, write_json
@@ -157,11 +157,10 @@ class Results:
     Attributes:
         runs: one line per run: what `run.json` holds, with `config`, `versions`, `git` and `resumed` as dict and list;
             `curve` and `point` (the value of each variable, a dict) for points of a curve or grid of study.yml;
-            `left_out`, why an evaluation of it is not read.
+            `left_out`, why its metrics or an evaluation of it are not read.
         identities: metrics of text-to-image queries as fractions, one line per query, or in exported results one per
             identity with the sums over its `queries`; `of` is "run", "zero-shot" (the weights it started from) or
-            "shuffled"
-            (captions shuffled; exported without mAP and mINP).
+            "shuffled" (captions shuffled; exported without mAP and mINP).
         levels: what each evaluation says of itself in percent, one line per metric and direction, with 95 % interval
             and chance; `of` is "run", "zero-shot" or "ceiling of the captions".
         metrics: of the training, one line per value (see `fmfa.records.read_metrics`).
@@ -259,8 +258,11 @@ def read_results(folder: str | Path) -> Results:
     left_out = []
     for run in runs.itertuples():
         keys = {"run": run.run, "row": run.row, "seed": run.seed}
-        tables["metrics"].append(read_metrics(folder / run.run).assign(**keys))
         left_out.append("")
+        try:
+            tables["metrics"].append(read_metrics(folder / run.run).assign(**keys))
+        except TrainingError as error:
+            left_out[-1] = str(error)
         for name in _evaluated(folder / run.run):
             try:
                 record = read_evaluation(folder / run.run, name)
@@ -439,7 +441,9 @@ def _one_start(runs: pd.DataFrame, identities: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 copied, 2 nothing to copy."""
-    parser = argparse.ArgumentParser(prog="python -m fmfa.study", description="Copy what the tables read of runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fmfa.study.results", description="Copy what the tables read of runs."
+    )
     parser.add_argument("runs", help="folder with one folder per run, such as runs/standard")
     parser.add_argument("target", help="folder that the runs are added to, such as data/results/standard")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Controls: what is spoilt on purpose is spoilt as it says, and nothing else is."""
+"""Controls: what is corrupted on purpose is corrupted as described, and nothing else is."""
 
 import json
 

@@ -105,6 +105,15 @@ def results(tmp_path):
     plt.close("all")
 
 
+def test_damaged_metrics_of_one_run_stop_no_table(results):
+    (results / "irra-1" / "metrics.csv").write_text("run,split,epoch,step,metric,value\nirra-1,train,x,1,loss,1\n")
+    read = read_results(results)
+    runs = read.runs.set_index("run")
+    assert "metrics.csv is damaged" in runs.loc["irra-1", "left_out"]
+    assert (runs["left_out"] != "").sum() == 1
+    assert set(read.rows("test").runs["irra"]) == {0, 1, 2, 3}
+
+
 def told_table(heading):
     """Lines of the table under a heading of the results page, by their first cell (what is in backticks, if any)."""
     text = (COMMITTED.parent / "README.md").read_text(encoding="utf-8").split(f"{heading}\n", 1)[1]
