@@ -1,4 +1,4 @@
-# The study as a workflow: data -> one training a run -> evaluation -> comparison and pictures -> report. Every step is
+# The study as a workflow: data -> one training per run -> evaluation -> comparison and pictures -> report. Every step is
 # a notebook executed by the package's runner; fmfa.study.definition reads study.yml. `make study` calls it, or a cluster does
 # (README). Trainings and evaluations never start again because a notebook was edited: delete the run's folder for that.
 # A step is done when its flag NAME.done lies beside NAME.ipynb, so that failed notebooks stay to be read and are retried.

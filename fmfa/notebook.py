@@ -32,7 +32,7 @@ from fmfa.errors import ConfigError, checked, nearest
 from fmfa.files import PROJECT, said_plainly, whole_file, write_json
 
 KERNEL = "python3"
-QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # not one warning a notebook about its connection to this machine
+QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connection to this machine
 # A kernel ends with a killed runner by itself, but not while it starts.
 BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
@@ -276,7 +276,7 @@ class Parameter:
 
 
 def print_parameters(parameters: Iterable[Parameter]) -> None:
-    """Print one line `name: type = default  # help` a parameter, and where paths start."""
+    """Print one line `name: type = default  # help` per parameter, and where paths start."""
     for parameter in parameters:
         print(f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}  # {parameter.help}")
     print("# A relative path that you give starts where you are; ~ is your home folder.")

@@ -187,7 +187,7 @@ def gradient_relevance(model: nn.Module, images: Tensor, ids: Tensor) -> Tensor:
     Args:
         model: in evaluation mode; its parameters get no gradient.
         images: float [B, 3, H, W], normalised.
-        ids: int64 [B, L], the token ids of one text a picture.
+        ids: int64 [B, L], the token ids of one text per picture.
 
     Returns:
         float [B, N].

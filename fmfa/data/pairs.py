@@ -33,7 +33,7 @@ KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens; the rest become the mask
 
 
 class PairDataset(Dataset):
-    """The training pairs of a table, one sample a row.
+    """The training pairs of a table, one sample per row.
 
     A sample is a dict of tensors with a leading axis of S texts: S = 1, or 3 with `levels`. `collate`
     joins samples into a batch.

@@ -132,7 +132,7 @@ def sums_by_identity(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarr
     identity = np.asarray(identity)
     if values.ndim != 2 or values.shape[1:] != identity.shape:
         found = f"values of shape {values.shape} and identities of shape {identity.shape}"
-        raise ValueError(f"Found {found}, expected one identity a query.")
+        raise ValueError(f"Found {found}, expected one identity per query.")
     kept = ~np.isnan(values).any(axis=0)
     if not kept.any():
         raise ValueError("No query has a value: there is nothing to average.")

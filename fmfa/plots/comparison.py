@@ -124,7 +124,7 @@ def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
 
 
 def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label: str) -> Figure | None:
-    """Show a measure of every run against its R@1, a panel a value of `group`, a colour a system; None without runs.
+    """Plot a measure of every run against R@1, one panel per value of `group`, one colour per system; None without runs.
 
     Args:
         table: of `grounding_runs` or `counterfactual_runs`.

@@ -37,7 +37,7 @@ def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: 
 def plot_side_by_side(
     evaluations: Mapping[str, Evaluation], images: str | Path, split: str, query: int, k: int = 10
 ) -> Figure:
-    """Show the k best pictures of one caption under each system, one line a system (FMFA, TOMM 2026, Figures 6 to 8).
+    """Show the k best pictures of one caption under each system, one line per system (FMFA, TOMM 2026, Figures 6 to 8).
 
     Right persons are framed green and ticked, others red and crossed; on SimPEDES, below each wrong person is what
     the caption rules out in it.
@@ -96,7 +96,7 @@ def _listed(lines: list[str]) -> str:
 
 
 def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0) -> Figure:
-    """Show the cosines of captions with pictures of their person and of others, one panel a system.
+    """Show the cosines of captions with pictures of their person and of others, one panel per system.
 
     Args:
         evaluations: by the system's name.

@@ -120,7 +120,7 @@ def generate(root: str | Path, recipe: Recipe, workers: int = 0, progress: bool 
     """Write a data set under `root` and return `root`; a finished one is checked and left as it is.
 
     Args:
-        root: the folder; one recipe a folder.
+        root: the folder; one recipe per folder.
         recipe: what to write.
         workers: processes; 0 means one a core. The bytes do not depend on it.
         progress: show a progress bar.

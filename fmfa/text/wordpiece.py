@@ -34,7 +34,7 @@ class WordPieceTokenizer:
         if missing := [token for token in SPECIAL if token not in vocabulary]:
             raise ConfigError(
                 f"not a BERT vocabulary: {', '.join(missing)} missing among {len(vocabulary)} entries; "
-                "give a vocab.txt with one piece a line"
+                "give a vocab.txt with one piece per line"
             )
         self._pieces = _uncased(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
         self.context_length = context_length
@@ -83,7 +83,7 @@ def wordpiece_tokenizer(vocab: str | Path, context_length: int = POSITIONS) -> W
     """The WordPiece tokenizer of a vocabulary file, or of a model on the Hugging Face hub.
 
     Args:
-        vocab: path of a `vocab.txt` (UTF-8, one piece a line, the line number is its id), or the name
+        vocab: path of a `vocab.txt` (UTF-8, one piece per line, the line number is its id), or the name
             of a hub model that has one, such as "google-bert/bert-base-uncased".
         context_length: most positions of a row.
 
@@ -96,7 +96,7 @@ def wordpiece_tokenizer(vocab: str | Path, context_length: int = POSITIONS) -> W
     try:
         vocabulary = models.WordPiece.read_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise ConfigError(f"{path}: {error}; expected a vocab.txt, UTF-8 with one piece a line") from error
+        raise ConfigError(f"{path}: {error}; expected a vocab.txt, UTF-8 with one piece per line") from error
     return WordPieceTokenizer(vocabulary, context_length)
 
 
