@@ -124,7 +124,7 @@ def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
 
 
 def plot_against_retrieval(table: pd.DataFrame, group: str, measure: str, label: str) -> Figure | None:
-    """Plot a measure of every run against R@1, one panel per value of `group`, one colour per system; None without runs.
+    """Plot a measure of every run against R@1, one panel per value of `group`, one colour per system; None if empty.
 
     Args:
         table: of `grounding_runs` or `counterfactual_runs`.
