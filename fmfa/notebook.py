@@ -171,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.progress:
             os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         if options.in_place:
+            if options.output or options.pairs or options.file:
+                parser.error("--in-place takes neither an output nor parameters: it executes at the defaults")
             refresh_notebook(options.notebook)
             return 0
         if options.output is None:

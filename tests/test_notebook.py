@@ -412,6 +412,13 @@ def test_a_notebook_in_place_has_one_normal_form(tmp_path, capsys):
     assert "T_00000" in outputs[1].data["text/html"]
 
 
+@pytest.mark.parametrize("words", [["out.ipynb"], ["-p", "seed", "1"], ["-f", "values.yml"]])
+def test_a_notebook_in_place_takes_nothing_else(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["notebooks/01_data.ipynb", *words, "--in-place"])
+    assert "neither an output nor parameters" in capsys.readouterr().err
+
+
 def test_a_notebook_in_place_that_fails_is_left_as_it_was(tmp_path, capsys):
     path = tmp_path / "one.ipynb"
     about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
