@@ -256,7 +256,7 @@ def test_a_flipped_bit_is_found_before_training_goes_on(file, place, interrupted
     content[int(place * len(content))] ^= 4
     path.write_bytes(content)
     before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file() and "run" not in path.name}
-    with pytest.raises(CheckpointError, match=rf"{name}.*(is damaged|cannot be read|expected).*begins anew"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*(is damaged|cannot be read|expected).*begins from the start"):
         resume(interrupted)
     assert before == {path: path.read_bytes() for path in before}
     shutil.rmtree(interrupted / "checkpoints")  # as the message says
@@ -382,7 +382,7 @@ def test_a_damaged_record_is_one_sentence_and_the_run_goes_on_without(content, w
 def test_a_damaged_state_is_one_sentence(content, interrupted):
     path = find_checkpoint(interrupted, "last") / "state.json"
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"state\.json.*begins anew"):
+    with pytest.raises(CheckpointError, match=r"state\.json.*begins from the start"):
         resume(interrupted)
 
 
