@@ -132,7 +132,7 @@ def test_holm_by_hand():
 
 def test_bad_input_is_named():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="one identity a query"):
+    with pytest.raises(ValueError, match="one identity per query"):
         bootstrap_interval(np.ones(3), np.ones(4), rng)
     with pytest.raises(ValueError, match="nothing to average"):
         bootstrap_interval(np.full(3, np.nan), np.ones(3), rng)
