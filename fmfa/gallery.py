@@ -83,7 +83,7 @@ class Gallery:
 
         Args:
             where: an SQL condition on the columns, such as `camera == 'entrance' and time > '2026-05-01'`; it can only
-                read this table. Empty: all pictures.
+                read. Empty: all pictures.
 
         Raises:
             ConfigError: the condition is not valid; the columns are named.
@@ -129,14 +129,11 @@ class Gallery:
         """Rows that a condition selects, of those whose vectors were there when the gallery was opened."""
         condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
         known = [row[1] for row in table.execute("PRAGMA table_info(pictures)")]
-        table.set_authorizer(_read_only)
         try:
             return pd.read_sql_query(f"SELECT {columns} FROM pictures WHERE {condition} ORDER BY vector", table)
         except (sqlite3.Error, sqlite3.Warning, pd.errors.DatabaseError) as error:
             reason = f"{error.__cause__ or error}; columns are {', '.join(known)}"
             raise ConfigError(f"the condition {where!r} is not valid: {reason}") from None
-        finally:
-            table.set_authorizer(None)
 
 
 def open_gallery(folder: str | Path) -> Gallery:
@@ -445,11 +442,6 @@ def _connected(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connect
             table.close()
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"{path} cannot be used: {error}") from error
-
-
-def _read_only(action: int, *_: Any) -> int:
-    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
-    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
 
 def _fit_columns(table: sqlite3.Connection, names: Sequence[str]) -> None:

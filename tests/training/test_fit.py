@@ -247,6 +247,29 @@ def test_a_folder_without_its_record_is_no_checkpoint(whole, interrupted):
     assert_same_run(interrupted, whole)
 
 
+@pytest.mark.parametrize("first", [WEIGHTS, "state.json"])
+@pytest.mark.parametrize("deletion", [1, 2, 3])
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch, first, deletion):
+    deleted, rmtree = [], shutil.rmtree
+
+    def killed(path, **options):
+        if (path / first).is_file():
+            deleted.append(path)
+            if len(deleted) == deletion:
+                (path / first).unlink()
+                raise Crash
+        rmtree(path, **options)
+
+    monkeypatch.setattr("fmfa.training.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(Crash):
+        toy_fit(tmp_path / "toy", log_gradients_every=4)
+    monkeypatch.undo()
+    named = [path for path in (tmp_path / "toy/checkpoints").iterdir() if not path.name.startswith(".")]
+    assert all((path / name).is_file() for path in named for name in (WEIGHTS, "state.json"))
+    resume(tmp_path / "toy")
+    assert_same_run(tmp_path / "toy", whole)
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, "optimizer.pt", "metrics.csv", "state.json", f"best {WEIGHTS}"])
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.99])
 def test_a_flipped_bit_is_found_before_training_goes_on(file, place, interrupted):
