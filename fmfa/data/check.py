@@ -169,7 +169,7 @@ def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Find
         "fatal",
         _places(table[empty]),
         f"all {len(table):,} captions have words",
-        "Write them, or leave them out: -p drop_empty_captions true (here: --drop-empty-captions)",
+        "Write them, or leave them out: -p drop_empty_captions true (the check: --drop-empty-captions)",
     )
     lengths = pd.Series({caption: tokenizer.length(caption) for caption in table["caption"].unique()})
     context = f"the {tokenizer.context_length} positions that the tokenizer has"
