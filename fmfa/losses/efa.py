@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fmfa.errors import ConfigError
 
-COSTS = ("paper", "released")
+COSTS = ("paper", "released", "literal")
 KEEPS = (">=", ">")
 CHUNK_ELEMENTS = 2**22  # cosines held at a time when no chunk size is given: 16 MiB in float32
 
@@ -116,6 +116,8 @@ def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: s
 
     `paper` (a reading of its Eq. 11): the mean over anchors i of log sum over columns j of another
     identity of exp(S_ij - S_ii + margin), and the same over columns; an anchor without negatives adds 0.
+    `literal`: Eq. 11 as printed, 1 / B times the log of one sum over all anchors and their negatives, about B times
+    weaker.
     `released`: rows of S are scaled to unit length; u_ij = S_ij - S_ii + margin and
     v_ij = S_ij - S_jj + margin, both 0 on the diagonal; mean_j log sum_i exp(u_ij), and the same of v.
 
@@ -123,7 +125,7 @@ def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: s
         similarity: [B, B]; the diagonal holds the pairs.
         identity: [B] integer; unused by `released`.
         margin: added to every gap.
-        cost: "paper" or "released".
+        cost: one of `COSTS`.
 
     Returns:
         A scalar.
@@ -131,11 +133,13 @@ def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: s
     Raises:
         ConfigError: unknown `cost`.
     """
-    if cost == "paper":
+    if cost in ("paper", "literal"):
         negative = identity[:, None] != identity[None, :]
         by_row = similarity - similarity.diagonal()[:, None] + margin
-        by_column = similarity - similarity.diagonal()[None, :] + margin
-        return _log_sum(by_row, negative).mean() + _log_sum(by_column.T, negative).mean()
+        by_column = (similarity - similarity.diagonal()[None, :] + margin).T
+        if cost == "literal":
+            by_row, by_column, negative = by_row.reshape(1, -1), by_column.reshape(1, -1), negative.reshape(1, -1)
+        return (_log_sum(by_row, negative) + _log_sum(by_column, negative)).sum() / len(similarity)
     if cost == "released":
         similarity = F.normalize(similarity, dim=1)
         pair = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)

@@ -65,11 +65,25 @@ def asdm(
     scale: float = 50.0,
     alpha: float = 10.0,
     form: str = "paper",
+    offset: float = 1.0,
+    gradient: bool = True,
     epsilon: float = 1e-8,
 ) -> Tensor:
-    """Adaptive similarity distribution matching (Yin et al., TOMM 2026): SDM with a weight on each row.
+    """Adaptive similarity distribution matching (Yin et al., TOMM 2026, Eq. 2 and 3): SDM with a weight on each row.
 
-    The weights are those of `asdm_weights`; the gradient flows through them.
+    The weights are those of `asdm_weights`. The paper does not say whether they are constants; in the released code
+    the gradient flows through them.
+
+    Args:
+        image: [B, D].
+        text: [B, D].
+        identity: [B] integer.
+        scale: see `asdm_weights`, as alpha, form and offset.
+        alpha: strength of the weighting.
+        form: "paper" or "released".
+        offset: weight of a row without a gap.
+        gradient: whether the gradient flows through the weights.
+        epsilon: added to the targets, as in `sdm`.
 
     Returns:
         A scalar.
@@ -78,19 +92,24 @@ def asdm(
         ConfigError: unknown `form`.
     """
     similarity = cosine_similarity(text, image)
-    return sum(
-        (
-            asdm_weights(rows, identity, scale=scale, alpha=alpha, form=form)
-            * _divergence(rows, identity, scale, epsilon)
-        ).mean()
-        for rows in (similarity, similarity.T)
-    )
+    form_of_weights = {"scale": scale, "alpha": alpha, "form": form, "offset": offset}
+    total = 0.0
+    for rows in (similarity, similarity.T):
+        weights = asdm_weights(rows if gradient else rows.detach(), identity, **form_of_weights)
+        total = total + (weights * _divergence(rows, identity, scale, epsilon)).mean()
+    return total
 
 
 def asdm_weights(
-    similarity: Tensor, identity: Tensor, *, scale: float = 50.0, alpha: float = 10.0, form: str = "paper"
+    similarity: Tensor,
+    identity: Tensor,
+    *,
+    scale: float = 50.0,
+    alpha: float = 10.0,
+    form: str = "paper",
+    offset: float = 1.0,
 ) -> Tensor:
-    """Weight of each row of A-SDM, at least 1 and larger the worse the row's own pair is ranked.
+    """Weight of each row of A-SDM, at least `offset` (1) and larger the worse the row's own pair is ranked.
 
     `paper`: 1 + alpha * (max_k p_ik - p_ii), p the softmax of `scale` * similarity. With several positives
     in the batch they share p's mass, so a row that ranks all its positives first still gets more than 1
@@ -104,6 +123,7 @@ def asdm_weights(
         scale: 1 / temperature of the softmax.
         alpha: strength of the weighting; 0 gives plain SDM.
         form: "paper" or "released".
+        offset: weight of a row without a gap.
 
     Returns:
         [B], with gradient.
@@ -113,12 +133,12 @@ def asdm_weights(
     """
     if form == "paper":
         p = (scale * similarity).softmax(dim=1)
-        return 1 + alpha * (p.max(dim=1).values - p.diagonal())
+        return offset + alpha * (p.max(dim=1).values - p.diagonal())
     if form == "released":
         best = similarity.max(dim=1).values
         # argmax of the 0/1 positives is the first of them
         first = (identity[:, None] == identity[None, :]).int().argmax(dim=1, keepdim=True)
-        return 1 + alpha * (best - similarity.gather(1, first).squeeze(1))
+        return offset + alpha * (best - similarity.gather(1, first).squeeze(1))
     raise ConfigError(f"asdm_form is {form!r}, expected one of {', '.join(ASDM_FORMS)}")
 
 

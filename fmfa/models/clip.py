@@ -255,10 +255,19 @@ class ClipRetriever(TokenEncoder):
         if wanted.cmpm:
             output.losses["cmpm"] = wanted.cmpm * losses.cmpm(images, texts, labels)
         if wanted.sdm:
-            output.losses["sdm"] = wanted.sdm * losses.sdm(images, texts, labels, scale=scale)
+            output.losses["sdm"] = wanted.sdm * losses.sdm(
+                images, texts, labels, scale=scale, epsilon=wanted.sdm_epsilon
+            )
         if wanted.asdm:
-            form = {"scale": scale, "alpha": wanted.asdm_alpha, "form": wanted.asdm_form}
-            output.losses["asdm"] = wanted.asdm * losses.asdm(images, texts, labels, **form)
+            form = {
+                "scale": scale,
+                "alpha": wanted.asdm_alpha,
+                "form": wanted.asdm_form,
+                "offset": wanted.asdm_offset,
+            }
+            output.losses["asdm"] = wanted.asdm * losses.asdm(
+                images, texts, labels, gradient=wanted.asdm_gradient, epsilon=wanted.sdm_epsilon, **form
+            )
             with torch.no_grad():
                 cosine = losses.cosine_similarity(texts, images)
                 for name, rows in (("text", cosine), ("image", cosine.T)):

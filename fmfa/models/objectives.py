@@ -15,6 +15,7 @@ LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa", "grounding")
 PAPER_MARGINS = {"CUHK-PEDES": (0.1, 0.1), "ICFG-PEDES": (0.2, 1.0), "RSTPReid": (0.2, 0.8)}
 
 Form = Literal["paper", "released"]
+Cost = Literal["paper", "released", "literal"]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -38,9 +39,12 @@ class Objectives:
     efa: NotNegative = 0.0  # weight of explicit fine-grained alignment
     grounding: NotNegative = 0.0  # weight of token-to-patch supervision by true part maps, an oracle of SimPEDES
     tau: Positive = 0.02  # temperature of ITC, SDM and A-SDM; fixed, not learned
+    sdm_epsilon: Positive = 1e-8  # added to the targets of SDM and A-SDM
     asdm_form: Form = "paper"  # gap of softmax probabilities, or of raw cosines ("released")
     asdm_alpha: NotNegative = 10.0  # strength of A-SDM's weights
-    efa_cost: Form = "paper"  # negatives only, or scaled rows with the diagonal kept ("released")
+    asdm_offset: NotNegative = 1.0  # weight of a row without a gap, the "+1" of the paper's Eq. 2
+    asdm_gradient: bool = True  # let the gradient flow through A-SDM's weights, as the code does; the paper is silent
+    efa_cost: Cost = "paper"  # negatives only; scaled rows with the diagonal kept ("released"); one sum ("literal")
     efa_positions: Literal["caption", "all"] = "caption"  # text positions that count; "all" with the padding
     efa_keep: Literal[">=", ">"] = ">="  # which weights survive the threshold
     efa_sigma: Annotated[float, Field(ge=0, lt=1)] = 0.0  # threshold after min-max; 0 = 1 / number of patches

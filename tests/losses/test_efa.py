@@ -172,6 +172,14 @@ def reference_cost(similarity, identity, margin, cost):
                 gaps[1].append(0.0 if i == j else value - float(similarity[j, j]) + margin)
             result += sum(math.log(sum(math.exp(gap) for gap in column)) for column in gaps) / size
         return result
+    if cost == "literal":
+        sums = [0.0, 0.0]
+        for anchor in range(size):
+            for k in range(size):
+                if identity[k] != identity[anchor]:
+                    sums[0] += math.exp(float(similarity[anchor, k] - similarity[anchor, anchor]) + margin)
+                    sums[1] += math.exp(float(similarity[k, anchor] - similarity[anchor, anchor]) + margin)
+        return sum(math.log(each) for each in sums if each) / size
     result = 0.0
     for anchor in range(size):
         others = [k for k in range(size) if identity[k] != identity[anchor]]

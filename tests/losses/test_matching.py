@@ -74,8 +74,10 @@ def test_cmpm_against_a_double_loop():
     assert losses.cmpm(image, text, identity).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("form", "alpha"), [("paper", 10.0), ("paper", 1.0), ("released", 0.1)])
-def test_asdm_against_a_double_loop(form, alpha):
+@pytest.mark.parametrize(
+    ("form", "alpha", "offset"), [("paper", 10.0, 1.0), ("paper", 1.0, 0.0), ("released", 0.1, 1.0)]
+)
+def test_asdm_against_a_double_loop(form, alpha, offset):
     image, text, identity = batch(3, rows=9)
     expected = 0.0
     for anchors, candidates in both_directions(image, text):
@@ -85,12 +87,12 @@ def test_asdm_against_a_double_loop(form, alpha):
             positive = [int(y == identity[i]) for y in identity]
             if form == "paper":
                 p = softmax(values)
-                weight = 1 + alpha * (max(p) - p[i])
+                weight = offset + alpha * (max(p) - p[i])
             else:
                 best, first = raw.index(max(raw)), positive.index(1)
                 weight = 1 if best == first else 1 + alpha * (raw[best] - raw[first])
             expected += weight * row_divergence(values, positive) / len(anchors)
-    ours = losses.asdm(image, text, identity, scale=50, alpha=alpha, form=form)
+    ours = losses.asdm(image, text, identity, scale=50, alpha=alpha, form=form, offset=offset)
     assert ours.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -105,7 +107,11 @@ def test_asdm_gradient_flows_through_the_weights(form):
         for similarity in [losses.cosine_similarity(text, image)]
         for rows in (similarity, similarity.T)
     )
-    assert not torch.allclose(with_weights, torch.autograd.grad(weighted, image)[0])
+    as_constants = torch.autograd.grad(weighted, image)[0]
+    assert not torch.allclose(with_weights, as_constants)
+    without = losses.asdm(image, text, identity, form=form, gradient=False)
+    torch.testing.assert_close(without, losses.asdm(image, text, identity, form=form))
+    torch.testing.assert_close(torch.autograd.grad(without, image)[0], as_constants)
 
 
 def test_asdm_without_strength_is_sdm():
