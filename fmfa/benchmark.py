@@ -1,5 +1,10 @@
 """How fast and how large: `python -m fmfa.benchmark` renders pictures and takes training steps of each method.
 
+A step is all of it: loading with augmentation, forward with losses, backward, and the optimiser. It is taken in turn
+with the released arithmetic (`fmfa.models.plain`, one sample loaded at a time; of IVT only the loading differs), so
+that their ratio holds on a busy machine. On a CPU seconds are those of the process, over its threads; on a GPU the
+parts are timed with a synchronisation after each, the whole step without.
+
 Every figure comes from one run on one machine, so only the ratios travel. Peak memory is that of a fresh process a
 method, over what it held before its first step: resident on a CPU, of tensors on a GPU. Floating-point operations are
 exact and the same on every machine; a pair is a picture with its caption, of which IVT makes three (its text levels).
@@ -15,22 +20,28 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import open_dataset
+from fmfa.data.pairs import PairDataset
 from fmfa.devices import DEVICES, choose_device
 from fmfa.evaluation.cost import training_flops
+from fmfa.models.plain import plain_losses
 from fmfa.records import device_name
 from fmfa.simpedes.generate import generate, pictures, recipe
-from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, System, build_system
+from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, build_system
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
+from fmfa.training.optimizer import build_optimizer
 
 METHODS = ("irra", "clip", "fmfa", "ivt")  # the others are compared with the first
+PARTS = ("loading", "forward", "backward", "optimiser")
 BATCH = 64
 FULL_SIZE = (384, 128)  # height and width in pixels
 
@@ -42,15 +53,16 @@ def rendering_rate(size: tuple[int, int] = (96, 32), identities: int = 60) -> fl
     return count / (time.process_time() - begun)
 
 
-def first_batch(method: str, folder: str | Path = "") -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a method in training mode, and its first batch of 64 pairs.
+def training(method: str, folder: str | Path = "", **changes: Any) -> tuple[TrainConfig, nn.Module, TableBatches]:
+    """A training of a method: its configuration, its model in training mode, and its batches of 64 pairs.
 
     Args:
         method: of `METHODS`.
         folder: empty for the tiny model as it starts on SimPEDES; else the papers' network with random weights, on
             pictures of 384 x 128 that are written to this folder.
+        changes: to the configuration.
     """
-    config = TrainConfig(method=method, batch_size=BATCH)
+    config = TrainConfig(**({"method": method, "batch_size": BATCH} | changes))
     if folder:
         config = _full_size(config, Path(folder))
     elif method == "ivt" and not TINY_IVT_WEIGHTS.exists():
@@ -58,7 +70,8 @@ def first_batch(method: str, folder: str | Path = "") -> tuple[nn.Module, dict[s
     config = config.resolved()
     dataset = open_dataset(config.dataset, config.root)
     system = build_system(config, dataset)
-    return system.model.train(), _batch(config, dataset, system)
+    masked = getattr(getattr(system.model, "objectives", None), "needs_mask", False)
+    return config, system.model.train(), TableBatches(config, dataset, system.tokenizer, masked=masked)
 
 
 def _full_size(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -72,40 +85,100 @@ def _full_size(config: TrainConfig, folder: Path) -> TrainConfig:
     return replace(config, backbone=str(backbone), stride=12)
 
 
-def _batch(config: TrainConfig, dataset: Dataset, system: System) -> dict[str, Tensor]:
-    masked = getattr(getattr(system.model, "objectives", None), "needs_mask", False)
-    return next(iter(TableBatches(config, dataset, system.tokenizer, masked=masked).read(0, 0)))
+class _Steps:
+    """Training steps that are timed by part, of the package or as the released arithmetic takes them."""
+
+    def __init__(self, plain: bool, config: TrainConfig, model: nn.Module, batches: TableBatches, device: torch.device):
+        self.plain, self.config, self.device = plain, config, device
+        self.model, self.loader = model, batches.loader
+        self.optimizer = build_optimizer(model, config)
+        self.rows = cycle(batches.loader.batch_sampler)
+        self.losses = partial(plain_losses, model) if plain and config.method != "ivt" else lambda b: model(b).losses
+
+    def take(self, *, waits: bool = True) -> dict[str, float]:
+        """One step; seconds by part, on a GPU those until the device has done each, if this `waits` for it."""
+        seconds, begun = {}, self._now(waits)
+
+        def done(part: str) -> None:
+            nonlocal begun
+            now = self._now(waits)
+            seconds[part], begun = now - begun, now
+
+        dataset, rows = self.loader.dataset, next(self.rows)
+        samples = [dataset[row] for row in rows] if self.plain else _samples(dataset, rows)
+        batch = {name: value.to(self.device) for name, value in self.loader.collate_fn(samples).items()}
+        done("loading")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            losses = self.losses(batch)
+        done("forward")
+        sum(losses.values()).backward()
+        done("backward")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.plain:  # as released, the losses are read in each step
+            torch.stack([norm, *losses.values()]).tolist()
+        done("optimiser")
+        return seconds
+
+    def _now(self, waits: bool) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        if waits:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu", precision: str = "fp32") -> dict:
-    """What a step of a method on a batch of 64 pairs of SimPEDES costs, forward and backward.
+def _samples(dataset: PairDataset, rows: list[int]) -> list:
+    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
+
+
+def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu", **changes: Any) -> dict[str, float]:
+    """What a training step of a method on a batch of 64 pairs of SimPEDES costs.
 
     Args:
         method: of `METHODS`.
         repeats: steps that are timed, after a first one that is not.
-        folder: as in `first_batch`.
+        folder: as in `training`.
         device: auto, cpu or cuda.
-        precision: fp32, or bf16 for the forward pass.
+        changes: to the configuration, such as `precision`.
 
     Returns:
-        Median `seconds`, peak memory in `MiB`, and floating-point operations per pair in millions, `MFLOP` (see
-        `training_flops`; the optimiser's few are left out).
+        Median seconds of the parts `loading`, `forward`, `backward` and `optimiser` and of the whole step, `seconds`;
+        of the released arithmetic, `plain_seconds` and the `ratio` to it; the peak memory of each in MiB; and
+        floating-point operations per pair in millions, `MFLOP` (see `training_flops`; without the optimiser's few).
     """
-    model, batch = first_batch(method, folder)
     place = choose_device(device)
-    model, batch = model.to(place), {name: value.to(place) for name, value in batch.items()}
-    before, seconds = _memory(place), []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses = model(batch).losses
-        sum(losses.values()).backward()
-        if place.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    peak = _memory(place) - before
-    operations = mean_flops(model, batch) * len(batch["images"]) / BATCH
-    return {"seconds": statistics.median(seconds[1:]), "MiB": peak / 2**20, "MFLOP": operations / 1e6}
+    config, model, batches = training(method, folder, **changes)
+    model = model.to(place)
+    ways = [_Steps(plain, config, model, batches, place) for plain in (False, True)]
+    before, memory = _memory(place), []
+    for way in ways:  # the first steps are not timed; in this order, since a CPU knows only a process' peak so far
+        way.take()
+        memory.append((_memory(place) - before) / 2**20)
+    taken: list[list[dict]] = [[], []]
+    for _ in range(repeats):
+        for way, found in zip(ways, taken, strict=True):
+            found.append(way.take())
+    whole = [[sum(parts.values()) for parts in found] for found in taken]
+    if place.type == "cuda":
+        whole = [[_rate(way, repeats)] for way in ways]
+    ours, plain = map(statistics.median, whole)
+    parts = {name: statistics.median(parts[name] for parts in taken[0]) for name in taken[0][0]}
+    batch = batches.loader.collate_fn(_samples(batches.loader.dataset, range(config.batch_size)))
+    batch = {name: value.to(place) for name, value in batch.items()}
+    operations = mean_flops(model, batch) * len(batch["images"]) / config.batch_size
+    costs = {"MiB": memory[0], "plain_MiB": memory[1], "MFLOP": operations / 1e6}
+    return {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain, **parts, **costs}
+
+
+def _rate(way: _Steps, repeats: int) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        way.take(waits=False)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / repeats
 
 
 def _memory(device: torch.device) -> int:
@@ -156,10 +229,12 @@ def _compare(options: argparse.Namespace, folder: str) -> None:
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         values = json.loads(run.stdout.splitlines()[-1])
         base = base or values
-        seconds, memory, operations = (f"{values[key] / base[key]:.2f} x" for key in values)
+        seconds, memory, operations = (f"{values[key] / base[key]:.2f} x" for key in ("seconds", "MiB", "MFLOP"))
+        parts = ", ".join(f"{name} {values[name] / sum(values[p] for p in PARTS):.0%}" for name in PARTS)
         print(
-            f"{method:5} {values['seconds']:.3f} s ({seconds} IRRA), +{values['MiB']:,.0f} MiB ({memory}), "
-            f"{values['MFLOP']:,.0f} MFLOP a pair ({operations})",
+            f"{method:5} {values['seconds']:.3f} s ({seconds} IRRA; {values['ratio']:.2f} x the released arithmetic), "
+            f"+{values['MiB']:,.0f} MiB ({memory}; {values['MiB'] / values['plain_MiB']:.2f} x released), "
+            f"{values['MFLOP']:,.0f} MFLOP a pair ({operations})\n      {parts}",
             flush=True,
         )
 

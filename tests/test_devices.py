@@ -7,7 +7,7 @@ import torch
 
 from fmfa.analysis.counterfactual import measure_counterfactual
 from fmfa.analysis.grounding import measure_grounding
-from fmfa.benchmark import first_batch, step
+from fmfa.benchmark import PARTS, step, training
 from fmfa.devices import choose_device, repeatable
 from fmfa.errors import ConfigError
 from fmfa.records import read_metrics
@@ -97,10 +97,16 @@ def test_a_training_on_a_gpu_comes_out_the_same_twice(tiny, method, tmp_path):
 def test_the_benchmark_steps_the_papers_network(tmp_path):
     found = {}
     for folder in ("", str(tmp_path)):
-        model, batch = first_batch("clip", folder)
+        _, model, batches = training("clip", folder)
+        batch = next(iter(batches.read(0, 0)))
         found[folder] = sum(p.numel() for p in model.parameters()), tuple(batch["images"].shape)
     assert [size for _, size in found.values()] == [(64, 3, 96, 32), (64, 3, 384, 128)]
     assert found[str(tmp_path)][0] > 140e6 > 10e6 > found[""][0]
-    values = step("clip", 1)
-    assert values["seconds"] > 0
+
+
+@pytest.mark.parametrize("method", ["fmfa", "ivt"])
+def test_the_benchmark_takes_whole_steps_and_those_of_the_released_arithmetic(method):
+    values = step(method, 1, batch_size=8)
+    assert sum(values[part] for part in PARTS) == pytest.approx(values["seconds"])
+    assert values["ratio"] == values["seconds"] / values["plain_seconds"] > 0
     assert values["MFLOP"] > 100
