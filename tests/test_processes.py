@@ -38,7 +38,7 @@ from pathlib import Path
 from PIL import Image
 from fmfa.data.check import decode_pictures
 Image.new("RGB", (3000, 3000)).save(Path(sys.argv[1], "large.png"))
-decode_pictures(Path(sys.argv[1]), ["large.png"] * 100_000, 2, False)
+decode_pictures(Path(sys.argv[1]), ["large.png"] * 100_000, False)
 """
 LOADER = """
 import time

@@ -3,39 +3,27 @@
 import csv
 import hashlib
 import io
-import json
 import posixpath
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
-from reprlib import repr as short
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import from_json
 
 from fmfa.data.images import unsafe_path
-from fmfa.errors import AnnotationError, ConfigError
+from fmfa.errors import AnnotationError, ConfigError, told
+from fmfa.files import said_plainly
 from fmfa.simpedes.generate import DOMAINS
 from fmfa.simpedes.truth import is_simpedes, read_dataset_record
 
 VALIDATION_IDENTITIES = 200
 """Training identities held out for validation when a data set has none, as many as RSTPReid validates on."""
-_FIELDS = {
-    "image": ("file_path", "img_path", "image"),
-    "identity": ("id", "identity"),
-    "split": ("split",),
-    "caption": ("captions", "caption"),
-}
-_ADVICE = {
-    "image": "Give each record the path of its picture inside the image folder",
-    "identity": "Give each record the number of its person, the same for all pictures of one",
-    "split": "Give each record train, val or test; of CUHK-PEDES the owners' reid_raw.json has them",
-    "caption": "Give each record a caption, or a list of them",
-}
 _DERIVED = ("label", "record", "held_out")
-_WHOLE = re.compile(r"\s*(\d{1,19})(?:\.0+)?\s*", re.ASCII)
 REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 SIMPEDES = "SimPEDES"
 SPLITS = {
@@ -45,7 +33,6 @@ SPLITS = {
 }
 _GENERIC = {"reid_raw.json": "CUHK-PEDES", "caption_all.json": "CUHK-PEDES", "data_captions.json": "RSTPReid"}
 _KEYS = {r"cuhk(?!0\d|sysu)": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
-_MOST_FIELDS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +71,6 @@ def read_dataset(
     *,
     images: str | Path | None = None,
     seed: int = 0,
-    validation_identities: int | None = None,
     drop_empty_captions: bool = False,
 ) -> Dataset:
     """Read CUHK-PEDES, ICFG-PEDES, RSTPReid or one's own pictures into one table.
@@ -98,127 +84,89 @@ def read_dataset(
         name: the data set's name in any spelling; picks the file when `root` holds several, and must agree with what
             the file says; by default what it says.
         images: the image folder; by default `imgs` beside the annotation file.
-        seed: decides which identities are held out for validation, and nothing else.
-        validation_identities: how many training identities become validation when the file has no validation
-            split (ICFG-PEDES has none); 0 for none; by default 200, but at most a fifth of the identities.
+        seed: decides which identities become validation when the file has no such split (ICFG-PEDES has none): 200
+            of train, but at most a fifth.
         drop_empty_captions: leave rows without a word out, with a note, and not to the check.
 
     Raises:
         AnnotationError: no such file, several that fit, one of another data set than `name`, or bad content; the
             message names file and record.
-        ConfigError: no such `name` (see `canonical_name`), or `validation_identities` is negative or leaves no
-            identity to train on.
+        ConfigError: no such `name` (see `canonical_name`).
     """
     file, name = find_annotation(root, name)
-    records, file_notes = read_records(file)
-    notes = list(file_notes)
-    captions = _rows(records, file, notes)
+    records, notes = read_records(file)
+    table = pd.DataFrame([_checked(record, f"{file}, record {n}") for n, record in enumerate(records)])
+    table = table.assign(record=np.arange(len(table))).explode("caption", ignore_index=True)
     if drop_empty_captions:
-        empty = ~captions["caption"].str.contains(r"\w")
-        lost = len(set(captions["image"])) - len(set(captions["image"][~empty]))
-        captions = captions[~empty]
+        empty = ~table["caption"].str.contains(r"\w")
+        lost = table["image"].nunique() - table["image"][~empty].nunique()
         notes.append(f"{empty.sum():,} empty captions were left out, and with them {lost:,} images.")
-    table = _images_together(captions, notes)
-    table = _hold_out(table, validation_identities, seed, notes)
-    table.insert(2, "label", _labels(table))
+        if (table := table[~empty]).empty:
+            raise AnnotationError(f"{file}: no caption is left after dropping the empty ones; expected captions")
+    codes, _ = pd.factorize(table["image"])
+    if (np.diff(codes) < 0).any():
+        notes.append("Records of one image stood apart in the file; their captions were brought together.")
+    table = table.iloc[np.argsort(codes, kind="stable")].reset_index(drop=True)
+    table = _hold_out(table, seed, notes)
+    train = table["split"] == "train"
+    known = np.unique(table["identity"][train])
+    table["label"] = np.where(train, np.searchsorted(known, table["identity"]), -1)
+    columns = ["image", "identity", "label", "split", "caption", "record"]
+    table = table[[*columns, *table.columns.drop(columns)]]
     folder = Path(images).expanduser() if images is not None else file.parent / "imgs"
     return Dataset(name, folder, table, tuple(notes))
 
 
-def _rows(records: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
-    """One row per caption: the standard fields, then the file's others; a record without captions has an empty one."""
-    derived = [field for field in _DERIVED if field in records]
-    if derived:
-        notes.append(f"The file's own {' and '.join(derived)} were replaced by what its records say.")
-    standard = []
-    for number, record in enumerate(records.to_dict("records") or [{}]):  # pandas has no records without columns
-        try:
-            standard.append(_standard_fields(record))
-        except ValueError as error:
-            raise AnnotationError(f"{file}, record {number}: {error}") from None
-    used = {*chain.from_iterable(_FIELDS.values()), *derived}
-    extra = records[[field for field in records if field not in used]]
-    table = pd.DataFrame(standard).assign(record=np.arange(len(records))).join(extra)
-    by_caption = ["caption"]
-    if "processed_tokens" in table:  # one list of tokens per caption in the published files, where they fit
-        tokens = zip(table["processed_tokens"], table["caption"])
-        table["processed_tokens"] = [
-            own if isinstance(own, list) and list(map(type, own)) == [list] * len(captions) else [own] * len(captions)
-            for own, captions in tokens
-        ]
-        by_caption.append("processed_tokens")
-    table = table.explode(by_caption, ignore_index=True)
-    return table.assign(caption=table["caption"].infer_objects())
+def _picture_path(path: str) -> str:
+    if reason := unsafe_path(path):
+        raise ValueError(f"{reason}; should be a path relative to the image folder, without '..'")
+    return posixpath.normpath(path.replace("\\", "/"))
 
 
-def _standard_fields(record: dict) -> dict:
-    """Image path, identity, split and captions of a record; ValueError says what is wrong with it."""
-    values = {}
-    for field, aliases in _FIELDS.items():
-        given = [name for name in aliases if (value := record.get(name)) is not None and value == value]
-        if len(given) > 1:
-            raise ValueError(f"has {' and '.join(given)}; keep one of them")
-        if not given:
-            names = " or ".join(f"'{name}'" for name in aliases)
-            others = ", ".join(name for name, value in record.items() if value is not None)[:200]
-            raise ValueError(f"the field {names} is missing or null; found {others}. {_ADVICE[field]}")
-        values[field] = record[given[0]]
-    image, identity, split, captions = values.values()
-    if not isinstance(image, str):
-        raise ValueError(f"found {short(image)}, expected an image path as text")
-    if reason := unsafe_path(image):
-        raise ValueError(
-            f"the image path {short(image)} {reason}; expected a path relative to the image folder, without '..'"
-        )
-    number = _whole_number(identity)
-    if number is None:
-        raise ValueError(f"found {short(identity)}, expected an identity: a whole number from 0 up, as number or text")
-    split_name = SPLITS.get(split.strip().lower()) if isinstance(split, str) else None
-    if split_name is None:
-        raise ValueError(f"found {short(split)}, expected a split name: train, val or test")
-    texts = [captions] if isinstance(captions, str) else captions
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"found {short(captions)}, expected a caption, or a list of captions, as text")
-    path = posixpath.normpath(image.replace("\\", "/"))
-    return {"image": path, "identity": number, "split": split_name, "caption": texts or [""]}
+def _split_name(value: Any) -> Any:
+    return SPLITS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
-def _whole_number(value: object) -> int | None:
-    if isinstance(value, str):
-        match = _WHOLE.fullmatch(value)
-        value = int(match[1]) if match else None
-    elif isinstance(value, float) and value.is_integer():
-        value = int(value)
-    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-    return value if valid else None
+class _Record(BaseModel, extra="allow", loc_by_alias=False):
+    """A record with the names that the data sets give its fields; what it has beside them is carried along."""
+
+    image: Annotated[str, AfterValidator(_picture_path)] = Field(
+        validation_alias=AliasChoices("file_path", "img_path", "image"),
+        description="Give each record the path of its picture inside the image folder, as file_path, img_path or image",
+    )
+    identity: int = Field(
+        ge=0,
+        lt=2**63,
+        validation_alias=AliasChoices("id", "identity"),
+        description="Give each record the number of its person, the same for all pictures of one, as id or identity",
+    )
+    split: Annotated[Literal["train", "val", "test"], BeforeValidator(_split_name)] = Field(
+        description="Give each record train, val or test; of CUHK-PEDES the owners' reid_raw.json has them"
+    )
+    caption: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        validation_alias=AliasChoices("captions", "caption"),
+        description="Give each record a caption, or a list of them, as captions or caption",
+    )
 
 
-def _images_together(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    if table.empty:
-        raise AnnotationError("no caption is left after dropping the empty ones; expected captions with words")
-    codes, _ = pd.factorize(table["image"])
-    if (np.diff(codes) < 0).any():
-        notes.append("Records of one image stood apart in the file; their captions were brought together.")
-        table = table.iloc[np.argsort(codes, kind="stable")]
-    return table.reset_index(drop=True)
+def _checked(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """The standard fields of a record and its others."""
+    try:
+        found = _Record.model_validate(record)
+    except ValidationError as error:
+        advice = _Record.model_fields[str(error.errors()[0]["loc"][0])].description
+        raise AnnotationError(f"{place}: {told(error)}. {advice}") from None
+    others = {name: value for name, value in (found.model_extra or {}).items() if name not in _DERIVED}
+    standard = {name: getattr(found, name) for name in _Record.model_fields}
+    return others | standard | {"caption": found.caption or [""]}
 
 
-def _hold_out(table: pd.DataFrame, wanted: int | None, seed: int, notes: list[str]) -> pd.DataFrame:
-    if wanted is not None and wanted < 0:
-        raise ConfigError(f"validation_identities is {wanted}; expected 0 or more")
+def _hold_out(table: pd.DataFrame, seed: int, notes: list[str]) -> pd.DataFrame:
     train = table["split"] == "train"
     identities = np.unique(table["identity"][train])
-    if wanted == 0 or identities.size == 0 or (table["split"] == "val").any():
+    if identities.size < 2 or (table["split"] == "val").any():
         return table
-    if wanted is None:
-        wanted = min(VALIDATION_IDENTITIES, max(1, identities.size // 5))
-        if identities.size == 1:
-            notes.append("No validation split, and a single training identity: nothing was held out.")
-            return table
-    elif wanted >= identities.size:
-        raise ConfigError(
-            f"validation_identities is {wanted}, but train has {identities.size} identities; hold out fewer"
-        )
+    wanted = min(VALIDATION_IDENTITIES, max(1, identities.size // 5))
     chosen = np.random.default_rng(seed).choice(identities, wanted, replace=False)
     held_out = train & table["identity"].isin(chosen)
     notes.append(
@@ -226,13 +174,6 @@ def _hold_out(table: pd.DataFrame, wanted: int | None, seed: int, notes: list[st
         f"({held_out.sum():,} captions) were held out for validation with seed {seed}; see column 'held_out'."
     )
     return table.assign(split=table["split"].mask(held_out, "val"), held_out=held_out)
-
-
-def _labels(table: pd.DataFrame) -> np.ndarray:
-    train = (table["split"] == "train").to_numpy()
-    identity = table["identity"].to_numpy()
-    known = np.unique(identity[train])
-    return np.where(train, np.searchsorted(known, identity), -1).astype(np.int64)
 
 
 def canonical_name(text: str) -> str:
@@ -313,34 +254,32 @@ def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, st
     return file, named
 
 
-def read_records(file: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """All records of an annotation file in file order, one row each, and notes on what was decided.
+def read_records(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All records of an annotation file in file order, and notes on what was decided.
 
-    Columns are the file's fields (dtype object, None where a record lacks one). For a file that is an object
-    of splits the column `split` holds the key; its lists `query` and `gallery`, which restate `test`, are
-    left out and noted.
+    For a file that is an object of splits the field `split` holds the key; its lists `query` and `gallery`, which
+    restate `test`, are left out and noted.
 
     Raises:
-        AnnotationError: unreadable, not UTF-8, not JSON or CSV, of another shape, duplicate keys, half a surrogate
-            pair in any text, no records.
+        AnnotationError: unreadable, not JSON or CSV in UTF-8, of another shape, no records.
     """
+    notes: list[str] = []
+    with said_plainly(f"{file}: cannot be read", AnnotationError):
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except OSError as error:
-        raise AnnotationError(f"{file}: cannot be read ({error.strerror})") from None
-    if file.suffix.lower() == ".csv":
-        records, notes = _parse_csv(text, file), ()
-    else:
-        records, notes = _flatten(_parse_json(text, file), file)
+        if file.suffix.lower() == ".csv":
+            records = _parse_csv(content.decode(), file)
+        else:
+            records = _flatten(from_json(content), file, notes)
+    except AnnotationError:
+        raise
+    except (ValueError, csv.Error) as error:
+        raise AnnotationError(
+            f"{file}: not {file.suffix[1:].upper()} in UTF-8 ({error}); the file may be cut short: fetch it again"
+        ) from None
     if not records:
         raise AnnotationError(f"{file}: holds no records; expected at least one annotated image")
-    fields = list(dict.fromkeys(chain.from_iterable(records)))
-    if len(fields) > _MOST_FIELDS:
-        raise AnnotationError(f"{file}: {len(fields)} different field names; expected records of the same fields")
-    columns = {field: pd.Series([record.get(field) for record in records], dtype=object) for field in fields}
-    return pd.DataFrame(columns), notes
+    return records, notes
 
 
 def _letters(text: str) -> str:
@@ -378,97 +317,40 @@ def _said(file: Path) -> str:
     return _GENERIC.get(file.name.lower()) or _published(file.stem)
 
 
-def _parse_json(text: str, file: Path):
-    def unique(pairs):
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise AnnotationError(f"{file}: key {short(twice)} occurs twice in one JSON object; keep one of them")
-        return record
-
-    try:
-        content = json.loads(text, object_pairs_hook=unique)
-        if r"\ud" in text.lower():  # the only way to half a surrogate pair, which no file and no tokenizer can take
-            json.dumps(content, ensure_ascii=False).encode()
-        return content
-    except AnnotationError:
-        raise
-    except UnicodeEncodeError as error:
-        around = error.object[max(error.start - 40, 0) : error.end + 40]
-        raise AnnotationError(f"{file}: {around!r} is not valid Unicode ({error.reason}); correct it") from None
-    except RecursionError:
-        raise AnnotationError(f"{file}: JSON nested too deeply; expected a list of records") from None
-    except ValueError as error:
-        raise AnnotationError(f"{file}: not JSON ({error}); the file may be cut short: fetch it again") from None
-
-
-def _flatten(content, file: Path) -> tuple[list[dict], tuple[str, ...]]:
-    if isinstance(content, list):
-        return _only_objects(content, file, ""), ()
-    if not isinstance(content, dict):
-        raise AnnotationError(
-            f"{file}: expected a list of records or an object of splits, found {type(content).__name__}"
-        )
-    records, repeated = [], {}
-    for key, part in content.items():
+def _flatten(content: Any, file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    parts = content if isinstance(content, dict) else {"": content}
+    records = []
+    for key, part in parts.items():
         split = SPLITS.get(key.lower())
-        if split is None and key.lower() not in ("query", "gallery"):
+        if not isinstance(part, list) or not all(isinstance(record, dict) for record in part):
             raise AnnotationError(
-                f"{file}: unknown split name {short(key)}; expected a list of records, or an object with the "
-                "keys train, val and test (pandas writes the former with to_json(orient='records'))"
+                f"{file}: expected a list of records, or an object with the keys train, val and test that holds one "
+                f"each{f', not under {key!r}' if key else ''} (pandas writes a list with to_json(orient='records'))"
             )
-        if not isinstance(part, list):
-            raise AnnotationError(f"{file}: split {key!r} is {type(part).__name__}, expected a list of records")
-        if split is None:
-            repeated[key] = _only_objects(part, file, f" of {key!r}")
+        if split is None and key.lower() in ("query", "gallery"):
+            notes.append(
+                f"The list '{key}' of {file.name} ({len(part):,} records) was left out: evaluation uses 'test'."
+            )
             continue
-        for record in _only_objects(part, file, f" of {key!r}"):
+        if split is None and key:
+            raise AnnotationError(f"{file}: unknown split name {key!r}; expected train, val or test")
+        for record in part if split else ():
             if SPLITS.get(str(record.get("split", key)).lower()) != split:
-                raise AnnotationError(f"{file}: a record under {key!r} says split {short(record['split'])}")
-            records.append({**record, "split": split})
-    if repeated and not any(SPLITS.get(key.lower()) == "test" for key in content):
-        raise AnnotationError(f"{file}: has {' and '.join(repeated)} but no test; name the list of captions 'test'")
-    return records, tuple(_left_out(key, part, records, file) for key, part in repeated.items())
+                raise AnnotationError(f"{file}: a record under {key!r} says split {record['split']!r:.100}")
+        records += [{**record, "split": split} for record in part] if split else part
+    if notes and not any(SPLITS.get(key.lower()) == "test" for key in parts):
+        raise AnnotationError(f"{file}: has {' and '.join(parts)} but no test; name the list of captions 'test'")
+    return records
 
 
-def _left_out(key: str, part: list[dict], records: list[dict], file: Path) -> str:
-    def image(record):
-        return str(record.get("file_path", record.get("img_path")))
-
-    tested = {image(record) for record in records if record["split"] == "test"}
-    new = sum(image(record) not in tested for record in part)
-    return (
-        f"The list '{key}' of {file.name} ({len(part):,} records, {new:,} with an image that 'test' lacks) "
-        "was left out: evaluation uses 'test'."
-    )
-
-
-def _only_objects(part: list, file: Path, where: str) -> list[dict]:
-    wrong = next((i for i, record in enumerate(part) if not isinstance(record, dict)), None)
-    if wrong is not None:
-        kind = type(part[wrong]).__name__
-        raise AnnotationError(f"{file}: record {wrong}{where} is {kind} ({short(part[wrong])}), expected an object")
-    return part
-
-
-def _parse_csv(text: str, file: Path) -> list[dict]:
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
-    except csv.Error as error:
-        raise AnnotationError(f"{file}: not CSV ({error}); expected commas and a header line") from None
-    if not rows:
-        raise AnnotationError(f"{file}: empty; expected a CSV with a header line")
-    header, *body = rows
-    if len(set(header)) < len(header):
-        raise AnnotationError(f"{file}: a column name occurs twice in the header {short(header)}; rename one")
-    wrong = next((i for i, row in enumerate(body) if len(row) != len(header)), None)
-    if wrong is not None:
-        raise AnnotationError(
-            f"{file}: record {wrong} has {len(body[wrong])} cells, the header {len(header)}; "
-            "put captions with commas in double quotes"
-        )
-    return [dict(zip(header, row)) for row in body]
+def _parse_csv(text: str, file: Path) -> list[dict[str, Any]]:
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True))
+    for number, row in enumerate(rows):
+        if "" in row or None in row.values():
+            raise AnnotationError(
+                f"{file}, record {number}: not as many cells as the header; put captions with commas in double quotes"
+            )
+    return rows
 
 
 def data_fingerprint(dataset: Dataset) -> str:

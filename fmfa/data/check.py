@@ -16,7 +16,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.data.images import load_image
-from fmfa.errors import ConfigError, FmfaError, ImageError
+from fmfa.errors import FmfaError, ImageError
 from fmfa.processes import end_with
 from fmfa.progress import progress_bar
 
@@ -90,7 +90,6 @@ def check_dataset(
     *,
     tokenizer: "Tokenizer | None" = None,
     decode: bool = True,
-    workers: int | None = None,
     progress: bool = True,
 ) -> CheckReport:
     """Check pictures, captions, identities and counts of a data set; every check gives a row, passed or not.
@@ -101,7 +100,6 @@ def check_dataset(
             tiny CLIP.
         decode: decode every picture in full, and compare them. Without it only the presence of the files is looked
             at, and notes say so.
-        workers: processes that decode; None for one a processor.
         progress: show a progress bar.
 
     Fatal are: a missing image folder, missing or unreadable pictures, empty captions, a picture listed for two people,
@@ -109,16 +107,13 @@ def check_dataset(
     pixels and are warnings.
 
     Raises:
-        ConfigError: `workers` is not positive.
         ImageError: a decoding process died.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; expected 1 or more")
     from fmfa.text.bytepair import clip_tokenizer, small_tokenizer
 
     usual = small_tokenizer if dataset.name.startswith("SimPEDES") else clip_tokenizer
     findings = [
-        *check_pictures(dataset.images, dataset.table, decode, workers, progress),
+        *check_pictures(dataset.images, dataset.table, decode, progress),
         *check_captions(dataset.table, tokenizer or usual()),
         *check_identities(dataset.table),
         *check_counts(dataset.name, dataset.table),
@@ -140,7 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="CUHK-PEDES, ICFG-PEDES, RSTPReid, SimPEDES, or one's own")
     parser.add_argument("--images", help="image folder (default: imgs beside the annotation file)")
     parser.add_argument("--drop-empty-captions", action="store_true", help="leave captions without a word out")
-    parser.add_argument("--workers", type=int, help="processes that decode pictures (default: one a processor)")
     options = parser.parse_args(arguments)
     if not options.root.strip():
         parser.error("give the folder of the data set or its annotation file, such as /data/CUHK-PEDES")
@@ -151,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
             images=options.images,
             drop_empty_captions=options.drop_empty_captions,
         )
-        report = check_dataset(dataset, workers=options.workers, progress=sys.stderr.isatty())
+        report = check_dataset(dataset, progress=sys.stderr.isatty())
     except FmfaError as error:
         print(f"The data set cannot be checked: {error}", file=sys.stderr)
         return 2
@@ -251,29 +245,23 @@ def _counts(part: pd.DataFrame) -> tuple[int, int, int]:
     return part["identity"].nunique(), part["image"].nunique(), len(part)
 
 
-def check_pictures(
-    folder: Path, table: pd.DataFrame, decode: bool, workers: int | None, progress: bool
-) -> Iterator[Finding]:
+def check_pictures(folder: Path, table: pd.DataFrame, decode: bool, progress: bool) -> Iterator[Finding]:
     """Yield findings on the pictures of the image folder `folder` that a data set's table names."""
     if not os.path.isdir(folder):
         yield "image folder", "fatal", 1, f"{folder} is not a folder; put the pictures there or give their folder"
         return
     yield "image folder", "ok", 0, str(folder)
     pictures = pd.Series(table["image"].unique())
-    folders, names = pictures.str.rpartition("/")[0], pictures.str.rpartition("/")[2]
-    files = {name: _files_of(folder / name) for name in folders.unique()}
-    absent = [name for name in files if files[name] is None]
+    folders = pictures.str.rpartition("/")[0]
     sizes = folders.value_counts()
+    absent = [name for name in folders.unique() if not os.path.isdir(folder / name)]
     yield finding(
         "missing folders",
         "fatal",
         (f"{name} ({sizes[name]:,} pictures)" for name in absent),
-        f"all {len(files):,} folders are there",
+        f"all {len(sizes):,} folders are there",
     )
-    # Asking again covers file systems that do not tell A.jpg from a.jpg.
-    there = np.array(
-        [name in (files[at] or ()) or os.path.isfile(folder / at / name) for at, name in zip(folders, names)]
-    )
+    there = np.array([os.path.isfile(folder / path) for path in pictures])
     missing = pictures[~there]
     parts = [
         f"{at or 'image folder'}: {len(paths):,} of {sizes[at]:,}, such as {', '.join(paths[:EXAMPLES])}"
@@ -286,28 +274,18 @@ def check_pictures(
         yield "unreadable pictures", "note", 0, f"{len(present):,} pictures are there but were not decoded"
         yield "identical pictures", "note", 0, "pictures were not decoded, and so not compared with each other"
         return
-    decoded = decode_pictures(folder, present, workers, progress)
+    decoded = decode_pictures(folder, present, progress)
     faults = decoded["fault"].dropna()
     yield finding("unreadable pictures", "fatal", faults, f"all {len(present):,} decode in full")
     yield from _identical(table, decoded["pixels"].dropna())
 
 
-def _files_of(folder: Path) -> set[str] | None:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
-        return None
-
-
-def decode_pictures(images: Path, relative: list[str], workers: int | None, progress: bool) -> pd.DataFrame:
-    """Decode every picture in full, in parallel processes.
+def decode_pictures(images: Path, relative: list[str], progress: bool) -> pd.DataFrame:
+    """Decode every picture in full, in one process per core if there are a thousand or more.
 
     Args:
         images: the image folder.
         relative: paths inside it.
-        workers: number of processes; None for one a processor, but fewer than a thousand pictures are then
-            decoded in this process.
         progress: show a bar.
 
     Returns:
@@ -317,8 +295,7 @@ def decode_pictures(images: Path, relative: list[str], workers: int | None, prog
     Raises:
         ImageError: a decoding process died.
     """
-    if workers is None:
-        workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
+    workers = 1 if len(relative) < _WORTH_PROCESSES else os.cpu_count() or 1
     chunks = [relative[start : start + _CHUNK] for start in range(0, len(relative), _CHUNK)]
     rows = []
     bound = {"initializer": end_with, "initargs": (os.getpid(),)}
@@ -330,8 +307,7 @@ def decode_pictures(images: Path, relative: list[str], workers: int | None, prog
                 bar.update(len(chunk))
         except TerminatedWorkerError:
             raise ImageError(
-                f"a process that decoded pictures of {images} died; check again with more memory, or with "
-                "workers=1 to see at which picture"
+                f"a process that decoded pictures of {images} died; check again with more memory"
             ) from None
     return pd.DataFrame(rows, index=relative, columns=["fault", "pixels"], dtype=object)
 

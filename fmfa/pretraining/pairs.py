@@ -172,15 +172,12 @@ class ImageCaptionList(Dataset):
 
     def _read(self, file: Path) -> None:
         records, _ = read_records(file)
-        if missing := {"image", "caption"} - set(records.columns):
-            raise AnnotationError(
-                f"{file}: no field {' and '.join(sorted(missing))}, found {', '.join(records.columns)}; "
-                "expected a list of records with 'image' and 'caption'"
-            )
-        for number, pair in enumerate(zip(records["image"], records["caption"])):
+        for number, record in enumerate(records):
+            pair = record.get("image"), record.get("caption")
             if not all(isinstance(text, str) for text in pair):
-                kinds = " and ".join(type(text).__name__ for text in pair)
-                raise AnnotationError(f"{file}: record {number}: image and caption are {kinds}, expected two strings")
+                raise AnnotationError(
+                    f"{file}: record {number}: found {', '.join(record)}; expected the texts 'image' and 'caption'"
+                )
             if prepare_caption(pair[1]):
                 self._pairs.append(pair)
             else:

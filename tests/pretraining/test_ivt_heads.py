@@ -383,8 +383,8 @@ def test_unreadable_pictures_and_wrong_lists_name_the_file(pair_list):
         pairs[0]
     wrong = pair_list / "wrong.json"
     for content, message in (
-        ([{"image": "a.png", "text": "a"}], "no field caption, found image, text"),
-        ([{"image": "a.png", "caption": ["a", "b"]}], "record 0: image and caption are str and list"),
+        ([{"image": "a.png", "text": "a"}], "record 0: found image, text; expected the texts"),
+        ([{"image": "a.png", "caption": ["a", "b"]}], "record 0: found image, caption; expected the texts"),
     ):
         wrong.write_text(json.dumps(content))
         with pytest.raises(AnnotationError, match=f"wrong.json.*{message}"):
