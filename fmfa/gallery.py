@@ -1,19 +1,22 @@
 """A gallery: the pictures of a folder, table or data set, encoded once and searched by any number of sentences.
 
 `python -m fmfa.gallery build SOURCE --to GALLERY`, then `add`, `remove`, `refresh`; `python -m fmfa.search` searches.
-A gallery is a folder with `vectors` (half precision, unit length), `gallery.sqlite` (one row per picture) and
-`gallery.json` (the system that encodes). The vectors of a batch are on disk before its rows are, so that a kill at any
-moment leaves a gallery that opens.
+A gallery is a folder with `vectors` (half precision, unit length), `gallery.sqlite` (one row per picture),
+`gallery.json` (the system that encodes) and, if it is large, 8-bit codes (see `fmfa.nearest`). The vectors of a batch
+are on disk before its rows are, so that a kill at any moment leaves a gallery that opens.
 """
 
 import argparse
 import hashlib
+import itertools
+import json
 import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from torch.nn import functional as F
 from fmfa.data.annotations import Dataset
 from fmfa.data.datasets import open_dataset
 from fmfa.errors import ConfigError, FmfaError
-from fmfa.evaluation.evaluate import encode_images, pictures_below
+from fmfa.evaluation.evaluate import encode_captions, encode_images, pictures_below
 from fmfa.files import flush, held_folder, read_json, said_plainly, write_json
+from fmfa.nearest import Codes, build_codes, open_codes
 from fmfa.progress import progress_bar
 from fmfa.systems import System, load_system
 
@@ -38,7 +42,9 @@ OWN_COLUMNS = ("vector", "path", "size", "changed")  # of the table; further one
 _HIT_COLUMNS = ("query", "rank", "cosine", "deviations")
 _SCHEMA = "vector INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed REAL"
 _BATCH = 512
-_HALF_ERROR = 4e-3  # bound on the error of a cosine that is computed and stored in half precision
+CODED_ABOVE = 20_000  # vectors without codes; as many are searched in half precision
+APPROXIMATE_ABOVE = 2_000_000  # vectors; below, exact search takes 100 ms at most
+_SAMPLE = 4096  # pictures that say what cosines are usual
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,13 @@ class Gallery:
     """An open gallery; use `open_gallery`.
 
     `vectors` is float16 [N, D] of unit length, memory-mapped. Rows of the table point into it; vectors of pictures that
-    were removed or changed stay, and no row points at them.
+    were removed or changed stay, and no row points at them. `codes` are those of the first vectors, if there are many.
     """
 
     folder: Path
     record: dict[str, Any]
     vectors: np.ndarray
+    codes: Codes | None = None
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -91,17 +98,19 @@ class Gallery:
         with _connected(self.folder) as table:
             return self._select(table, "*", where)
 
-    def search(self, query: Tensor, k: int = 10, where: str = "") -> pd.DataFrame:
-        """The k pictures closest to an embedding, exactly, best first; of equal ones the earlier added.
+    def search(self, query: Tensor, k: int = 10, where: str = "", approximate: bool | None = None) -> pd.DataFrame:
+        """The k pictures closest to an embedding, best first; of equal ones the earlier added.
 
         Args:
             query: float [D], of a sentence or a picture; see `encode_captions` and `encode_images`.
             k: number of pictures, or fewer if there are no more.
             where: as in `rows`; only these pictures are searched.
+            approximate: search the nearest cells only, whose recall `codes.recall` tells; None: in galleries of more
+                than `APPROXIMATE_ABOVE`. With a condition, and in galleries without codes, the search is exact.
 
         Returns:
-            The rows with `cosine`, and `deviations`: how many standard deviations that is above the mean cosine of all
-            pictures searched.
+            The rows with `cosine`, and `deviations`: how many standard deviations that is above the mean cosine of the
+            gallery, both estimated from at most 4,096 of its pictures.
 
         Raises:
             ConfigError: `where` is not valid, or the query's size is not the gallery's.
@@ -109,21 +118,49 @@ class Gallery:
         if query.shape != (self.vectors.shape[1],):
             raise ConfigError(f"the query has shape {tuple(query.shape)}, expected ({self.vectors.shape[1]},)")
         query = F.normalize(query.detach().cpu().float(), dim=0)
+        approximate = len(self.vectors) > APPROXIMATE_ABOVE if approximate is None else approximate
         with _connected(self.folder) as table:
             table.execute("BEGIN")  # one state of the table, whoever writes to it meanwhile
-            places = self._select(table, "vector", where)["vector"].to_numpy(int)
-            whole = len(places) == len(self.vectors)
-            vectors = torch.from_numpy(self.vectors if whole else self.vectors[places])
-            rough = torch.mv(vectors, query.half()).float()
-            kth = rough.topk(min(k, len(rough))).values[-1] if len(rough) else 0
-            near = (rough >= kth - _HALF_ERROR).nonzero()[:, 0]
-            cosine = vectors[near].float() @ query
+            places = self._places(table, where) if where or self.codes is None else None
+            if self.codes and (places is None or len(places) > k + _SAMPLE):
+                places = self._near(table, query, k, places, approximate and not where)
+            cosine = self._cosine(query, places)
             order = cosine.argsort(descending=True, stable=True)[:k]
-            best = places[near[order].numpy()]
-            rows = self._select(table, "*", f"vector IN ({', '.join(map(str, best))})").set_index("vector").loc[best]
-        spread = float(rough.std()) if len(rough) > 1 else float("nan")
-        deviations = (cosine[order] - rough.mean()) / spread
+            best = places[order.numpy()]
+            rows = self._select(table, "*", _among(best)).set_index("vector").loc[best]
+        usual = self._sample @ query
+        deviations = (cosine[order] - usual.mean()) / (usual.std() if len(usual) > 1 else float("nan"))
         return rows.reset_index(drop=True).assign(cosine=cosine[order].numpy(), deviations=deviations.numpy())
+
+    def _near(
+        self, table: sqlite3.Connection, query: Tensor, k: int, places: np.ndarray | None, approximate: bool
+    ) -> np.ndarray:
+        """Some vectors in ascending order, among them the k best (if approximate, most of them)."""
+        coded, take = len(self.codes.vector), k + 200
+        rest = self._places(table, f"vector >= {coded}") if places is None else places[places >= coded]
+        places = places if places is None else places[places < coded]
+        while True:
+            near, bound = self.codes.near(query.numpy(), take, places, self.codes.probes if approximate else 0)
+            near = np.concatenate([self._places(table, _among(near)), rest])
+            best = self._cosine(query, near).topk(min(k, len(near))).values
+            if approximate or bound == -np.inf or (len(best) == k and best[-1] > bound):
+                return near
+            take *= 8
+
+    def _cosine(self, query: Tensor, places: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.vectors[places]).float() @ query
+
+    @cached_property
+    def _sample(self) -> Tensor:
+        """Some vectors of the gallery, float32 [S, D]."""
+        drawn = np.random.default_rng(0).permutation(len(self.vectors))[:_SAMPLE]
+        with _connected(self.folder) as table:
+            return torch.from_numpy(self.vectors[self._places(table, _among(drawn))]).float()
+
+    def _places(self, table: sqlite3.Connection, where: str) -> np.ndarray:
+        """Vectors of the rows that a condition selects, int64 in ascending order."""
+        text = self._select(table, "group_concat(vector) AS vectors", where)["vectors"].iloc[0]
+        return np.sort(np.fromstring(text or "", np.int64, sep=","))
 
     def _select(self, table: sqlite3.Connection, columns: str, where: str) -> pd.DataFrame:
         """Rows that a condition selects, of those whose vectors were there when the gallery was opened."""
@@ -148,13 +185,22 @@ def open_gallery(folder: str | Path) -> Gallery:
         needed = table.execute("SELECT coalesce(max(vector), -1) + 1 FROM pictures").fetchone()[0]
     if held < needed:
         raise ConfigError(f"{path} holds {held:,} vectors and the table needs {needed:,}; build the gallery again")
-    return Gallery(
-        folder, record, np.memmap(path, np.float16, "c", shape=(held, size)) if held else np.empty((0, size))
-    )
+    codes = open_codes(folder)
+    if codes and (len(codes.vector) > held or codes.rows.shape[1] != size):
+        raise ConfigError(f"{path} does not fit the codes beside it; build the gallery again")
+    vectors = np.memmap(path, np.float16, "c", shape=(held, size)) if held else np.empty((0, size), np.float16)
+    return Gallery(folder, record, vectors, codes)
 
 
 def build_gallery(
-    folder: str | Path, source: str, system: System, described: dict[str, Any], *, progress: bool = True, **opening: Any
+    folder: str | Path,
+    source: str,
+    system: System,
+    described: dict[str, Any],
+    *,
+    vectors: str = "",
+    progress: bool = True,
+    **opening: Any,
 ) -> dict[str, str]:
     """Encode what is new or changed at a source into a gallery, which is made if missing; an interrupted call goes on.
 
@@ -165,6 +211,8 @@ def build_gallery(
             identity of a data set, are kept.
         system: encodes the pictures.
         described: `source` and `model` of `load_system`, by which the system is opened again.
+        vectors: .npy file with one row per row of the source, as the system encodes its picture; empty: it encodes
+            them. Pictures that are not there are kept too, until `refresh_gallery`.
         progress: show a progress bar.
         opening: `root`, `scale` and `split` of a data set.
 
@@ -175,7 +223,7 @@ def build_gallery(
         ConfigError: no such source, another process writes to the gallery, or another system encoded it.
     """
     folder = Path(folder)
-    pictures, faults = _pictures_at(source, opening)
+    pictures, faults = _pictures_at(source, opening, missing=bool(vectors))
     with said_plainly(f"{folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with held_folder(folder):
@@ -183,23 +231,41 @@ def build_gallery(
         record = _read_record(folder) if (folder / RECORD).exists() else None
         if record and record["fingerprint"] != mark:
             raise ConfigError(f"{folder} was encoded by another system; give another folder, or that system's weights")
-        entry = {"source": source, **opening}
+        entry = {"source": source, **opening, **({"vectors": vectors} if vectors else {})}
         if record is None:
             size = int(system.model.encode_image(system.transform.finish(_blank(system))).embedding.shape[1])
             record = {"fingerprint": mark, "dimension": size, "system": described, "sources": []}
+        given = _given(vectors, source, pictures.attrs["rows"], record["dimension"]) if vectors else None
         if entry not in record["sources"]:
             record["sources"].append(entry)
         write_json(folder / RECORD, record)
         with _connected(folder, write=True) as table:
             own = [name for name in pictures if name not in OWN_COLUMNS]
             _fit_columns(table, own)
-            outdated = pictures[_outdated(table, pictures)]
-            faults |= _encode_into(folder, table, outdated, system, record["dimension"], progress)
+            outdated = _outdated(table, pictures)
+            faults |= _encode_into(folder, table, pictures[outdated], system, record["dimension"], given, progress)
+            kept = pictures[~outdated]
             for name in own:
-                values = zip(map(_plain, pictures[name]), pictures["path"], strict=True)
+                values = zip(map(_plain, kept[name]), kept["path"], strict=True)
                 with table:
                     table.executemany(f"UPDATE pictures SET {_quoted(name)} = ? WHERE path = ?", values)
-            return faults
+        _code(folder, system, progress)
+        return faults
+
+
+def _code(folder: Path, system: System, progress: bool) -> None:
+    """Code a gallery's vectors, if many have no code."""
+    gallery = open_gallery(folder)
+    coded = len(gallery.codes.vector) if gallery.codes else 0
+    if len(gallery.vectors) - coded <= max(CODED_ABOVE, coded // 20):
+        return
+    with progress_bar(1, "8-bit codes, for fast search", "index", shown=progress) as bar:
+        words = [("man", "woman"), ("red", "black", "white", "blue"), ("coat", "shirt", "jacket", "dress"),
+                 ("black trousers", "jeans", "a grey skirt"), ("a backpack", "sunglasses")]  # fmt: skip
+        sentences = ["A {} in a {} {}, {} and with {}.".format(*said) for said in itertools.product(*words)]
+        queries = F.normalize(encode_captions(system.model, sentences, system.tokenizer, progress=False), dim=1)
+        build_codes(folder, gallery.vectors, queries.numpy())
+        bar.update(1)
 
 
 def remove_pictures(folder: str | Path, paths: Iterable[str]) -> int:
@@ -224,7 +290,7 @@ def refresh_gallery(folder: str | Path, system: System, *, progress: bool = True
     faults: dict[str, str] = {}
     for entry in gallery.record["sources"]:
         faults |= build_gallery(folder, system=system, described=gallery.record["system"], progress=progress, **entry)
-    gone = [path for path in gallery.rows()["path"] if not os.path.isfile(path)]
+    gone = [path for path in open_gallery(folder).rows()["path"] if not os.path.isfile(path)]
     return remove_pictures(folder, gone), faults
 
 
@@ -275,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("source", help="folder, CSV or Parquet table with a column path, or name of a data set")
         command.add_argument("--to", required=True, metavar="GALLERY", help="folder of the gallery")
+        command.add_argument("--vectors", default="", help=".npy file with a vector per picture, which is not encoded")
         command.add_argument("--root", default="", help="of a data set: its folder")
         command.add_argument("--scale", default="small", help="of SimPEDES without a root")
         command.add_argument("--split", default="test", help="of a data set")
@@ -297,7 +364,8 @@ def _build(options: argparse.Namespace) -> None:
     system = load_system(described["source"], options.device, **described["model"])
     source = _absolute(options.source) if os.path.exists(options.source) else options.source
     opening = {} if os.path.exists(source) else {name: getattr(options, name) for name in ("root", "scale", "split")}
-    faults = build_gallery(options.to, source, system, described, **opening)
+    vectors = _absolute(options.vectors) if options.vectors else ""
+    faults = build_gallery(options.to, source, system, described, vectors=vectors, **opening)
     _tell(options.to, faults)
 
 
@@ -325,7 +393,9 @@ def _tell(folder: str, faults: dict[str, str]) -> None:
     for fault in faults.values():
         print(f"left out: {fault}", file=sys.stderr)
     left_out = f", {len(faults):,} left out" if faults else ""
-    print(f"{folder}: {len(open_gallery(folder)):,} pictures{left_out}")
+    gallery = open_gallery(folder)
+    coded = f"; recall@10 of the approximate search {gallery.codes.recall:.1%}" if gallery.codes else ""
+    print(f"{folder}: {len(gallery):,} pictures{left_out}{coded}")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -338,8 +408,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Table with absolute `path`, `size`, `changed` and the source's own columns; and what is missing, by path."""
+def _pictures_at(source: str, opening: dict[str, Any], missing: bool) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Table with absolute `path`, `size`, `changed` and the source's own columns; and what is missing, by path.
+
+    The index is the row of the source, of which `attrs` has the number. Missing pictures can be kept.
+    """
     faults: dict[str, str] = {}
     if os.path.isdir(source):
         paths, faults = pictures_below(Path(source))
@@ -351,12 +424,28 @@ def _pictures_at(source: str, opening: dict[str, Any]) -> tuple[pd.DataFrame, di
     else:
         raise ConfigError(f"{source}: no such folder or table; give one that is there, or the name of a data set")
     table["path"] = [_absolute(path) for path in table["path"]]
-    table = table.drop_duplicates("path", ignore_index=True)
+    table = table.reset_index(drop=True)
+    table.attrs["rows"] = len(table)
+    table = table.drop_duplicates("path")
     found = [os.stat(path) if os.path.isfile(path) else None for path in table["path"]]
-    faults |= {path: f"{path}: no such file" for path, at in zip(table["path"], found, strict=True) if at is None}
-    table = table[[at is not None for at in found]]
-    present = [at for at in found if at is not None]
-    return table.assign(size=[at.st_size for at in present], changed=[at.st_mtime for at in present]), faults
+    sizes, times = [at.st_size if at else -1 for at in found], [at.st_mtime if at else 0.0 for at in found]
+    table = table.assign(size=sizes, changed=times)
+    if not missing:
+        faults |= {path: f"{path}: no such file" for path in table["path"][table["size"] < 0]}
+        table = table[table["size"] >= 0]
+    return table, faults
+
+
+def _given(path: str, source: str, rows: int, size: int) -> np.ndarray:
+    """Memory-mapped vectors that a user gives, float [N, D]."""
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{path} cannot be read as .npy: {error}") from error
+    if vectors.shape != (rows, size) or vectors.dtype.kind != "f":
+        found = f"{vectors.dtype} {list(vectors.shape)}"
+        raise ConfigError(f"{path} holds {found}; expected float [{rows}, {size}], one row per row of {source}")
+    return vectors
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -392,20 +481,32 @@ def _outdated(table: sqlite3.Connection, pictures: pd.DataFrame) -> np.ndarray:
 
 
 def _encode_into(
-    folder: Path, table: sqlite3.Connection, pictures: pd.DataFrame, system: System, size: int, progress: bool
+    folder: Path,
+    table: sqlite3.Connection,
+    pictures: pd.DataFrame,
+    system: System,
+    size: int,
+    given: np.ndarray | None,
+    progress: bool,
 ) -> dict[str, str]:
     faults: dict[str, str] = {}
     columns = ["vector", *pictures.columns]
     insert = (
         f"INSERT OR REPLACE INTO pictures ({', '.join(map(_quoted, columns))}) VALUES ({', '.join('?' * len(columns))})"
     )
+    step = _BATCH if given is None else 40 * _BATCH
     with progress_bar(len(pictures), "encoding", "pictures", shown=progress) as bar:
-        for start in range(0, len(pictures), _BATCH):
-            batch = pictures[start : start + _BATCH]
+        for start in range(0, len(pictures), step):
+            batch = pictures[start : start + step]
             left_out: dict[str | Path, str] = {}
-            encoded = encode_images(
-                system.model, batch["path"].tolist(), system.transform, faults=left_out, progress=False
-            )
+            if given is None:
+                paths = batch["path"].tolist()
+                encoded = encode_images(system.model, paths, system.transform, faults=left_out, progress=False)
+            else:
+                encoded = torch.from_numpy(given[batch.index].astype(np.float32))
+                odd = ~(encoded.isfinite().all(dim=1) & encoded.any(dim=1)).numpy()
+                left_out = {path: f"{path}: its vector is 0 or not finite" for path in batch["path"][odd]}
+                encoded = encoded[~odd]
             batch = batch[~batch["path"].isin(left_out)]
             first = _append(folder / VECTORS, F.normalize(encoded, dim=1).half().numpy(), size) if len(batch) else 0
             with table:
@@ -413,7 +514,7 @@ def _encode_into(
                 table.executemany(insert, values)
                 table.executemany("DELETE FROM pictures WHERE path = ?", [(str(path),) for path in left_out])
             faults |= {str(path): reason for path, reason in left_out.items()}
-            bar.update(min(_BATCH, len(pictures) - start))
+            bar.update(min(step, len(pictures) - start))
     return faults
 
 
@@ -450,6 +551,10 @@ def _fit_columns(table: sqlite3.Connection, names: Sequence[str]) -> None:
         if str(name).lower() not in known:
             table.execute(f"ALTER TABLE pictures ADD COLUMN {_quoted(name)}")
             table.execute(f"CREATE INDEX {_quoted(f'by {name}')} ON pictures ({_quoted(name)})")
+
+
+def _among(vectors: np.ndarray) -> str:
+    return f"vector IN (SELECT value FROM json_each('{json.dumps(vectors.tolist())}'))"
 
 
 def _quoted(name: str) -> str:

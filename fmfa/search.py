@@ -18,7 +18,13 @@ from fmfa.systems import System
 
 
 def search_gallery(
-    gallery: Gallery, system: System, sentences: list[str], pictures: list[str], k: int = 10, where: str = ""
+    gallery: Gallery,
+    system: System,
+    sentences: list[str],
+    pictures: list[str],
+    k: int = 10,
+    where: str = "",
+    approximate: bool | None = None,
 ) -> pd.DataFrame:
     """The k best pictures of a gallery for each sentence and each picture, best first.
 
@@ -29,6 +35,7 @@ def search_gallery(
         pictures: files; their likes are searched.
         k: hits per query.
         where: condition on the gallery's columns; see `Gallery.rows`.
+        approximate: see `Gallery.search`.
 
     Returns:
         One row per hit: `query`, `rank` (from 1), then the columns of `Gallery.search`.
@@ -42,7 +49,7 @@ def search_gallery(
         queries += zip(pictures, encode_images(system.model, pictures, system.transform, progress=False), strict=True)
     hits = []
     for name, query in queries:
-        found = gallery.search(query, k, where)
+        found = gallery.search(query, k, where, approximate)
         found.insert(0, "query", name)
         found.insert(1, "rank", range(1, len(found) + 1))
         hits.append(found)
@@ -58,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--like", action="append", default=[], metavar="PICTURE", help="search for more like this")
     parser.add_argument("-k", type=int, default=10, help="hits per query")
     parser.add_argument("--where", default="", help="SQL condition on the columns, such as \"camera == 'entrance'\"")
+    parser.add_argument(
+        "--approximate",
+        action=argparse.BooleanOptionalAction,
+        help="see only near cells; of large galleries the default",
+    )
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.add_argument("--weights", default="", help="where the gallery's weights are now, if they were moved")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -72,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         system = gallery.system(options.device, options.weights)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
-            hits = search_gallery(gallery, system, sentences, options.like, options.k, options.where)
+            hits = search_gallery(
+                gallery, system, sentences, options.like, options.k, options.where, options.approximate
+            )
     except FmfaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from fmfa.errors import ConfigError
 from fmfa.evaluation.evaluate import encode_images, encode_sentence
 from fmfa.files import held_folder
 from fmfa.gallery import build_gallery, main, open_gallery, refresh_gallery, remove_pictures
+from fmfa.nearest import build_codes
 from fmfa.search import main as search_main
 from fmfa.search import search_gallery
 from fmfa.systems import load_system
@@ -72,14 +73,96 @@ def test_a_search_finds_what_sorting_all_cosines_finds(tmp_path, crops, system):
     np.testing.assert_allclose(hits["deviations"], (cosine[order] - cosine.mean()) / cosine.std(ddof=1), atol=2e-2)
 
 
+def given_gallery(folder, system, vectors, name="table"):
+    """A gallery of given vectors, of pictures that are not there, with a column `camera`."""
+    table = pd.DataFrame({"path": [f"{name}{n}.png" for n in range(len(vectors))]})
+    table["camera"] = [("a", "a", "b")[n % 3] for n in range(len(vectors))]
+    table.to_csv(folder / f"{name}.csv", index=False)
+    np.save(folder / f"{name}.npy", vectors)
+    source, file = str(folder / f"{name}.csv"), str(folder / f"{name}.npy")
+    assert build_gallery(folder / "g", source, system, SHIPPED, vectors=file, progress=False) == {}
+    return open_gallery(folder / "g")
+
+
+def clustered(rng, count, size):
+    """Vectors as systems make them: off centre, in clusters, with a few large dimensions."""
+    spread = 1 / np.arange(1, size + 1)
+    people = rng.normal(size=(-(-count // 4), size)).repeat(4, axis=0)[:count]
+    return ((people + 0.3 * rng.normal(size=(count, size))) * spread + 0.2).astype(np.float32)
+
+
+def brute_force(opened, query, k, where=""):
+    places = opened.rows(where)["vector"].to_numpy()
+    cosine = torch.from_numpy(opened.vectors[places]).double() @ (query / query.norm()).double()
+    order = cosine.argsort(descending=True, stable=True)[:k]
+    return places[order.numpy()], cosine[order].numpy()
+
+
+def test_a_search_by_codes_finds_what_brute_force_finds(tmp_path, system, monkeypatch):
+    monkeypatch.setattr(galleries, "CODED_ABOVE", 1500)
+    monkeypatch.setattr(galleries, "_SAMPLE", 100)
+    rng = np.random.default_rng(0)
+    size = system.model.encode_image(system.transform.finish(galleries._blank(system))).embedding.shape[1]
+    vectors = clustered(rng, 3000, size)
+    vectors[1000:1005] = vectors[1000]  # equals
+    opened = given_gallery(tmp_path, system, vectors)
+    first = opened.search(torch.from_numpy(vectors[7]), 1)["path"].item()
+    assert first.endswith("table7.png")
+    assert opened.codes.recall >= 0.95
+    remove_pictures(tmp_path / "g", [first, *(tmp_path / f"table{n}.png" for n in range(100, 900))])
+    opened = given_gallery(tmp_path, system, clustered(rng, 500, size), name="later")  # has no codes yet
+    assert (len(opened), len(opened.codes.vector), len(opened.vectors)) == (2699, 3000, 3500)
+    for where in ("", "camera == 'b'", "vector < 300"):
+        for number in (7, 1000, 500, "drawn"):
+            query = torch.from_numpy(rng.normal(size=size) if number == "drawn" else vectors[number]).float()
+            for k in (1, 10, 250, 3000):
+                hits = opened.search(query, k, where)
+                places, cosine = brute_force(opened, query, k, where)
+                np.testing.assert_allclose(hits["cosine"], cosine, atol=2e-6)
+                if number != "drawn" and k == 10:
+                    rows = opened.rows().set_index("vector")["path"]
+                    assert hits["path"].tolist() == rows[places].tolist()
+    near = [opened.search(torch.from_numpy(v), 10, approximate=True)["path"] for v in vectors[1200:1300]]
+    exact = [opened.search(torch.from_numpy(v), 10)["path"] for v in vectors[1200:1300]]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(near, exact, strict=True)]) >= 0.9
+    given_gallery(tmp_path, system, clustered(rng, 1200, size), name="last")
+    assert len(open_gallery(tmp_path / "g").codes.vector) == 4700
+    assert [path.name for path in (tmp_path / "g").glob("*.faiss")] == ["codes-4700.faiss"]
+
+
 @pytest.mark.parametrize("size", [48, 512, 1024])
-def test_half_precision_never_hides_a_hit(size):
-    generator = torch.Generator().manual_seed(size)
-    unit = torch.nn.functional.normalize
-    vectors = unit(torch.rand(4000, size, generator=generator), dim=1).half()  # all alike: cosines near 1
-    query = unit(torch.rand(size, generator=generator), dim=0)
-    error = torch.mv(vectors, query.half()).double() - vectors.double() @ query.double()
-    assert 2 * error.abs().max() < galleries._HALF_ERROR
+@pytest.mark.parametrize("kind", ["clustered", "equal", "one large dimension"])
+def test_no_cosine_exceeds_the_bound_of_the_first_pass(tmp_path, size, kind):
+    rng = np.random.default_rng(size)
+    vectors = clustered(rng, 2000, size)
+    if kind == "equal":
+        vectors[:] = vectors[0]
+    if kind == "one large dimension":
+        vectors[:, 3] = rng.normal(3, 1, 2000)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    queries = rng.normal(size=(8, size)).astype(np.float32)
+    queries[:4] += 10 * vectors[:4]
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    codes = build_codes(tmp_path, vectors, queries)
+    for query in queries:
+        cosine = vectors.astype(np.float64) @ query
+        for places in (None, np.arange(300, 1700)):
+            near, bound = codes.near(query, 50, places)
+            others = np.setdiff1d(np.arange(2000) if places is None else places, near)
+            assert len(set(near)) == 50
+            assert cosine[others].max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("vectors", "told"),
+    [(np.ones((3, 4), np.float32), r"float32 \[3, 4\]; expected float \[30, "), (np.ones(3, int), "expected float"),
+     (None, "cannot be read as .npy")],
+)  # fmt: skip
+def test_given_vectors_must_fit_the_table(tmp_path, crops, system, vectors, told):
+    file = tmp_path / "v.npy"
+    file.write_bytes(b"no array") if vectors is None else np.save(file, vectors)
+    with pytest.raises(ConfigError, match=told):
+        build_gallery(tmp_path / "g", str(crops), system, SHIPPED, vectors=str(file), progress=False)
 
 
 def test_a_table_keeps_its_columns_and_filters_come_first(tmp_path, crops, system):
@@ -225,12 +308,13 @@ def test_half_a_vector_at_the_end_is_overwritten(tmp_path, crops, system):
     assert len(assert_consistent(tmp_path / "g", system)) == 31
 
 
-@pytest.mark.parametrize("name", ["gallery.json", "gallery.sqlite", "vectors"])
-def test_a_damaged_gallery_is_one_sentence(tmp_path, crops, system, name, capsys):
+@pytest.mark.parametrize("name", ["gallery.json", "gallery.sqlite", "vectors", "codes.npz", "codes-30.faiss"])
+def test_a_damaged_gallery_is_one_sentence(tmp_path, crops, system, name, capsys, monkeypatch):
+    monkeypatch.setattr(galleries, "CODED_ABOVE", 20)
     build(tmp_path / "g", crops, system)
     (tmp_path / "g" / name).write_bytes((tmp_path / "g" / name).read_bytes()[:100])
     assert search_main([str(tmp_path / "g"), "a man", "--device", "cpu"]) == 2
-    assert name in capsys.readouterr().err
+    assert name.removesuffix("-30.faiss") in capsys.readouterr().err
 
 
 def test_the_commands(tmp_path, crops, system, capsys):
