@@ -3,8 +3,9 @@
 `python -m fmfa.report runs/quick --shown irra-0 fmfa-0`
 
 The notebooks' cells tagged `report` (all of a notebook without such cells) are put into one notebook, without their
-code, and exported once; those tagged `answer` come first. A section (`## ...`) whose code shows neither table nor
-figure is left out. The page needs no server and loads nothing; what is not a notebook's own output is escaped.
+code, and exported once; those tagged `answer` come first, and the sections (`## ...`) below them are folded. A section
+whose code shows neither table nor figure is left out. The page needs no server and loads nothing; what is not a
+notebook's own output is escaped.
 """
 
 import argparse
@@ -58,21 +59,24 @@ def write_report(results: str | Path, output: str | Path = "", shown: Sequence[s
         cells += [cell for path, name in notebooks.items() if path.is_file() for cell in read_part(path, name + suffix)]
     if not cells:
         raise ConfigError(f"{results} holds no executed notebook; expected comparison.ipynb, as `make study` writes it")
+    beside = output.absolute().parent
     groups += sorted({path.parents[1] for path in results.glob("**/on-*/*/evaluate.status.json")} - set(groups))
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"  # several notebooks share the page
+        if page := cell.metadata.get("page"):
+            cell.metadata["page"] = _address(page, beside)
     about = {
         "title": f"fmfa: finding a person from a sentence, {results.name}",
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "folder": in_project(results.absolute()),
         "parts": [(cell["id"], cell.metadata["question"]) for cell in cells if "question" in cell.metadata],
-        "groups": [(group.name, list(_runs(group, output.absolute().parent))) for group in groups],
+        "groups": [(group.name, list(_runs(group, beside))) for group in groups],
     }
     exporter = HTMLExporter(template_file=str(TEMPLATE), exclude_input=True, exclude_output_prompt=True,
                             exclude_anchor_links=True, embed_images=True)  # fmt: skip
-    page, _ = exporter.from_notebook_node(new_notebook(cells=cells, metadata=about))
+    html, _ = exporter.from_notebook_node(new_notebook(cells=cells, metadata=about))
     with said_plainly(f"{output} cannot be written"), whole_file(output) as partial:
-        partial.write_text(page, encoding="utf-8", errors="replace")  # names of files may be no text
+        partial.write_text(html, encoding="utf-8", errors="replace")  # names of files may be no text
     return output
 
 
@@ -100,7 +104,8 @@ def read_part(path: Path, suffix: str = "") -> list[NotebookNode]:
         else:
             cell.outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     command = notebook_command(record) if {"notebook", "output", "given"} <= record.keys() else ""
-    return [_box(question=question, failed=failed), *answer, *_with_content(taken), _box(command=command)]
+    page = path.with_suffix(".html") if path.with_suffix(".html").is_file() else None
+    return [_box(question=question, failed=failed), *answer, *_folded(taken), _box(command=command, page=page)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,21 +138,24 @@ def _executed(path: Path) -> tuple[dict[str, Any], str]:
     return record, told
 
 
-def _box(**content: str) -> NotebookNode:
+def _box(**content: Any) -> NotebookNode:
     return new_markdown_cell(metadata=content)
 
 
-def _with_content(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """The cells without sections whose code shows neither table nor figure; an error is content too."""
+def _folded(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """The cells with each section between two boxes, without those that show nothing; an error is content too."""
     sections: list[list[NotebookNode]] = [[]]
     for cell in cells:
         if cell.cell_type != "markdown":
             sections[-1].append(cell)
             continue
         for part in filter(None, re.split(r"^(?=## )", cell.source, flags=re.MULTILINE)):
-            sections += [[]] if part.startswith("## ") else []
-            sections[-1].append(new_markdown_cell(part))
-    return [cell for number, section in enumerate(sections) if not number or _has_content(section) for cell in section]
+            title, text = part.split("\n", 1) if part.startswith("## ") and "\n" in part else (part, part)
+            if title.startswith("## "):
+                sections.append([_box(fold=title.removeprefix("## "))])
+            sections[-1] += [new_markdown_cell(text)] if not text.startswith("## ") else []
+    folds = [[*section, _box(unfold=True)] for section in sections[1:] if _has_content(section)]
+    return [cell for section in (sections[0], *folds) for cell in section]
 
 
 def _tags(cell: NotebookNode) -> list[str]:
@@ -173,9 +181,14 @@ def _runs(group: Path, beside: Path) -> Iterator[tuple[list[Any], list[tuple[str
             if executed.get("status") == "failed":
                 status, error = f"{step} failed", error or failed
             if (page := folder / f"{step}.html").is_file():
-                pages.append((step, quote(os.fsencode(os.path.relpath(page, beside)))))
+                pages.append((step, _address(page, beside)))
         best, device = record.get("best_epoch", ""), record.get("device", "")
         yield [folder.name, status or "no record", best, _minutes(record), device, error], pages
+
+
+def _address(page: Path, beside: Path) -> str:
+    """A page's address relative to a folder."""
+    return quote(os.fsencode(os.path.relpath(page, beside)))
 
 
 def _minutes(record: dict) -> str:

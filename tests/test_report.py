@@ -85,7 +85,8 @@ def results(tmp_path):
     executed(folder / "irra-0" / "evaluate.ipynb", "3. How often?", [figure(text="printed")])
     executed(folder / "on-other" / "comparison.ipynb", "4. Which system is better?", [figure()])
     (folder / "irra-0" / "run.json").write_text('{"status": "finished", "best_epoch": 4}')
-    (folder / "irra-0" / "train.html").write_text("")
+    for page in ("irra-0/train.html", "on-other/comparison.html"):
+        (folder / page).write_text("")
     executed(folder / "fmfa-0" / "train.ipynb", "2. How?", [], "failed", {"type": "OSError", "message": "disk <full>"})
     return folder
 
@@ -94,7 +95,8 @@ def test_tagged_cells_are_taken_without_code_and_answers_stand_in_front(results)
     first, answer, *body, last = read_part(results / "comparison.ipynb")
     assert first.metadata.question == "Which system is better?"
     assert answer.outputs[0].text == "42 points"
-    assert [cell.source for cell in body if cell.cell_type == "markdown"] == ["## Taken <here>"]
+    assert [cell.metadata.get("fold") for cell in body] == [None, "Taken <here>", None]
+    assert body[-1].metadata.unfold
     assert [output.output_type for output in body[0].outputs] == ["display_data"]  # no warning
     assert last.metadata.command.endswith("-p results '/a b' -p seed 3")
     text = write_report(results).read_text()
@@ -114,13 +116,13 @@ def test_the_page_stands_alone_and_lists_every_run(results):
     text = path.read_text()
     page = parse(text)
     links = {address for address in page.addresses if not address.startswith(("data:", "#"))}
-    assert links == {"irra-0/train.html"}
+    assert links == {"irra-0/train.html", "on-other/comparison.html"}
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.anchors)
     assert len(page.anchors) == len(set(page.anchors))
     assert not re.search(r"https?://|<script|@import", text)
     assert "How often? (irra-0)" in text
     assert "Which system is better? (on-other)" in text
-    assert text.index("Which system is better?") < text.index("42 points") < text.index("Taken")
+    assert text.index("Which system is better?") < text.index("42 points") < text.index("<summary>Taken &lt;here&gt;")
     assert "disk &lt;full&gt;" in text
     assert "train failed" in text
     assert "Figure: How often? (irra-0)" in text
