@@ -58,4 +58,4 @@ weights: $(READY)  ## make the shipped weights again (about an hour on two cores
 	@$(RUN) fmfa.pretrain data/tiny_ivt_equal.safetensors --method ivt --pairs 96548
 
 clean:  ## remove the environment and what was made; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -26,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmfa.data.datasets import open_dataset
 from fmfa.data.pairs import PairDataset
 from fmfa.devices import DEVICES, choose_device
 from fmfa.evaluation.cost import training_flops
+from fmfa.models.clip import ClipRetriever
+from fmfa.models.outputs import Retriever
 from fmfa.models.plain import plain_losses
 from fmfa.records import device_name
 from fmfa.simpedes.generate import generate, pictures, recipe
@@ -53,7 +56,7 @@ def rendering_rate(size: tuple[int, int] = (96, 32), identities: int = 60) -> fl
     return count / (time.process_time() - begun)
 
 
-def training(method: str, folder: str | Path = "", **changes: Any) -> tuple[TrainConfig, nn.Module, TableBatches]:
+def training(method: str, folder: str | Path = "", **changes: Any) -> tuple[TrainConfig, Retriever, TableBatches]:
     """A training of a method: its configuration, its model in training mode, and its batches of 64 pairs.
 
     Args:
@@ -62,7 +65,7 @@ def training(method: str, folder: str | Path = "", **changes: Any) -> tuple[Trai
             pictures of 384 x 128 that are written to this folder.
         changes: to the configuration.
     """
-    config = TrainConfig(**({"method": method, "batch_size": BATCH} | changes))
+    config = TrainConfig.from_dict({"method": method, "batch_size": BATCH} | changes)
     if folder:
         config = _full_size(config, Path(folder))
     elif method == "ivt" and not TINY_IVT_WEIGHTS.exists():
@@ -88,12 +91,14 @@ def _full_size(config: TrainConfig, folder: Path) -> TrainConfig:
 class _Steps:
     """Training steps that are timed by part, of the package or as the released arithmetic takes them."""
 
-    def __init__(self, plain: bool, config: TrainConfig, model: nn.Module, batches: TableBatches, device: torch.device):
+    def __init__(self, plain: bool, config: TrainConfig, model: Retriever, batches: TableBatches, device: torch.device):
         self.plain, self.config, self.device = plain, config, device
         self.model, self.loader = model, batches.loader
         self.optimizer = build_optimizer(model, config)
-        self.rows = cycle(batches.loader.batch_sampler)
-        self.losses = partial(plain_losses, model) if plain and config.method != "ivt" else lambda b: model(b).losses
+        self.dataset, self.rows = batches.pairs, cycle(batches.batches)
+        self.losses = (
+            partial(plain_losses, model) if plain and isinstance(model, ClipRetriever) else lambda b: model(b).losses
+        )
 
     def take(self, *, waits: bool = True) -> dict[str, float]:
         """One step; seconds by part, on a GPU those until the device has done each, if this `waits` for it."""
@@ -104,14 +109,14 @@ class _Steps:
             now = self._now(waits)
             seconds[part], begun = now - begun, now
 
-        dataset, rows = self.loader.dataset, next(self.rows)
-        samples = [dataset[row] for row in rows] if self.plain else _samples(dataset, rows)
+        rows = next(self.rows)
+        samples = [self.dataset[row] for row in rows] if self.plain else _samples(self.dataset, rows)
         batch = {name: value.to(self.device) for name, value in self.loader.collate_fn(samples).items()}
         done("loading")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             losses = self.losses(batch)
         done("forward")
-        sum(losses.values()).backward()
+        sum(losses.values(), start=torch.zeros((), device=self.device)).backward()
         done("backward")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
@@ -129,7 +134,7 @@ class _Steps:
         return time.perf_counter()
 
 
-def _samples(dataset: PairDataset, rows: list[int]) -> list:
+def _samples(dataset: PairDataset, rows: Sequence[int]) -> list:
     return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
@@ -165,7 +170,7 @@ def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu"
         whole = [[_rate(way, repeats)] for way in ways]
     ours, plain = map(statistics.median, whole)
     parts = {name: statistics.median(parts[name] for parts in taken[0]) for name in taken[0][0]}
-    batch = batches.loader.collate_fn(_samples(batches.loader.dataset, range(config.batch_size)))
+    batch = batches.loader.collate_fn(_samples(batches.pairs, range(config.batch_size)))
     batch = {name: value.to(place) for name, value in batch.items()}
     operations = mean_flops(model, batch) * len(batch["images"]) / config.batch_size
     costs = {"MiB": memory[0], "plain_MiB": memory[1], "MFLOP": operations / 1e6}
@@ -188,13 +193,14 @@ def _memory(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def mean_flops(model: nn.Module, batch: dict[str, Tensor], draws: int = 8) -> float:
+def mean_flops(model: Retriever, batch: dict[str, Tensor], draws: int = 8) -> float:
     """`training_flops`, for a model that drops tokens the mean of some draws of how many."""
-    if not hasattr(model, "reseed"):
+    reseed = getattr(model, "reseed", None)
+    if reseed is None:
         return training_flops(model, batch)
     counts = []
     for seed in range(draws):
-        model.reseed(seed)
+        reseed(seed)
         counts.append(training_flops(model, batch))
     return statistics.mean(counts)
 

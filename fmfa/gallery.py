@@ -121,9 +121,14 @@ class Gallery:
         approximate = len(self.vectors) > APPROXIMATE_ABOVE if approximate is None else approximate
         with _connected(self.folder) as table:
             table.execute("BEGIN")  # one state of the table, whoever writes to it meanwhile
-            places = self._places(table, where) if where or self.codes is None else None
-            if self.codes and (places is None or len(places) > k + _SAMPLE):
-                places = self._near(table, query, k, places, approximate and not where)
+            if self.codes is None:
+                places = self._places(table, where)
+            else:
+                chosen = self._places(table, where) if where else None
+                if chosen is not None and len(chosen) <= k + _SAMPLE:
+                    places = chosen
+                else:
+                    places = self._near(self.codes, table, query, k, chosen, approximate and not where)
             cosine = self._cosine(query, places)
             order = cosine.argsort(descending=True, stable=True)[:k]
             best = places[order.numpy()]
@@ -133,14 +138,20 @@ class Gallery:
         return rows.reset_index(drop=True).assign(cosine=cosine[order].numpy(), deviations=deviations.numpy())
 
     def _near(
-        self, table: sqlite3.Connection, query: Tensor, k: int, places: np.ndarray | None, approximate: bool
+        self,
+        codes: Codes,
+        table: sqlite3.Connection,
+        query: Tensor,
+        k: int,
+        places: np.ndarray | None,
+        approximate: bool,
     ) -> np.ndarray:
         """Some vectors in ascending order, among them the k best (if approximate, most of them)."""
-        coded, take = len(self.codes.vector), k + 200
+        coded, take = len(codes.vector), k + 200
         rest = self._places(table, f"vector >= {coded}") if places is None else places[places >= coded]
         places = places if places is None else places[places < coded]
         while True:
-            near, bound = self.codes.near(query.numpy(), take, places, self.codes.probes if approximate else 0)
+            near, bound = codes.near(query.numpy(), take, places, codes.probes if approximate else 0)
             near = np.concatenate([self._places(table, _among(near)), rest])
             best = self._cosine(query, near).topk(min(k, len(near))).values
             if approximate or bound == -np.inf or (len(best) == k and best[-1] > bound):
@@ -271,7 +282,7 @@ def _code(folder: Path, system: System, progress: bool) -> None:
 def remove_pictures(folder: str | Path, paths: Iterable[str]) -> int:
     """Take pictures out of a gallery by their paths; returns how many it held."""
     open_gallery(folder)
-    with held_folder(folder), _connected(folder, write=True) as table, table:
+    with held_folder(folder), _connected(Path(folder), write=True) as table, table:
         before = table.total_changes
         table.executemany("DELETE FROM pictures WHERE path = ?", [(_absolute(path),) for path in paths])
         return table.total_changes - before
@@ -498,7 +509,7 @@ def _encode_into(
     with progress_bar(len(pictures), "encoding", "pictures", shown=progress) as bar:
         for start in range(0, len(pictures), step):
             batch = pictures[start : start + step]
-            left_out: dict[str | Path, str] = {}
+            left_out: dict[str, str] = {}
             if given is None:
                 paths = batch["path"].tolist()
                 encoded = encode_images(system.model, paths, system.transform, faults=left_out, progress=False)
@@ -512,8 +523,8 @@ def _encode_into(
             with table:
                 values = zip(range(first, first + len(batch)), *(map(_plain, batch[c]) for c in pictures), strict=True)
                 table.executemany(insert, values)
-                table.executemany("DELETE FROM pictures WHERE path = ?", [(str(path),) for path in left_out])
-            faults |= {str(path): reason for path, reason in left_out.items()}
+                table.executemany("DELETE FROM pictures WHERE path = ?", [(path,) for path in left_out])
+            faults |= left_out
             bar.update(min(step, len(pictures) - start))
     return faults
 

@@ -118,7 +118,8 @@ def rank_metrics(
         return similarity[first:last]
 
     gallery_identity = gallery_identity[::gallery_step]
-    return _collect(scores, similarity.shape, similarity.device, query_identity, gallery_identity, protocol)
+    shape = len(similarity), similarity.shape[1]
+    return _collect(scores, shape, similarity.device, query_identity, gallery_identity, protocol)
 
 
 def feature_metrics(

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -183,7 +184,7 @@ def _measured(codes: Codes, vectors: np.ndarray, queries: np.ndarray) -> dict[st
     return {"probes": probes, "recall": recall}
 
 
-def _opened(index: faiss.Index, **kept: np.ndarray | float) -> Codes:
+def _opened(index: faiss.Index, **kept: Any) -> Codes:
     row = np.empty_like(kept["vector"])
     row[kept["vector"]] = np.arange(len(row), dtype=row.dtype)
     return Codes(index, _rows(index), row=row, **kept)

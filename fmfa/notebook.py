@@ -156,7 +156,7 @@ def _with_palette(png: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 finished, 1 a cell failed, 2 bad parameters."""
-    parser = argparse.ArgumentParser(prog="python -m fmfa.notebook", description=run_notebook.__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fmfa.notebook", description="Run a notebook with parameters")
     parser.add_argument("notebook", help="notebook to run")
     parser.add_argument("output", nargs="?", help="executed notebook; record and HTML are written beside it")
     add_parameter_options(parser)
@@ -178,21 +178,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output is None:
             parser.error("the output is missing")
         given = given_parameters(options)
-        record = run_notebook(
-            options.notebook, options.output, given, timeout=options.timeout, progress=options.progress
-        )
+        done = run_notebook(options.notebook, options.output, given, timeout=options.timeout, progress=options.progress)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # cell, kernel, time limit
-        told = error.evalue if _is_ours(error) else error
+        told = getattr(error, "evalue", error) if _is_ours(error) else error
         record = "" if options.in_place else f"\nrecord: {status_path(options.output)}"
         print(f"error: {told}{record}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {options.output or options.notebook} cannot be written: {error}", file=sys.stderr)
         return 1
-    print(record["html"])
+    print(done["html"])
     return 0
 
 
@@ -358,7 +356,7 @@ def read_parameters(source: str) -> dict[str, Parameter]:
     lines = source.encode().splitlines()
     parameters: dict[str, Parameter] = {}
     for node in body:
-        comment = lines[node.end_lineno - 1][node.end_col_offset :].decode().strip().lstrip("# ")
+        comment = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :].decode().strip().lstrip("# ")
         parameter = _read_line(node, comment)
         if parameter is None:
             types = ", ".join(PLAIN_TYPES)
@@ -393,7 +391,7 @@ def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool 
         raise _mismatch(parameter, value) from None
     if kind is str and re.search("[\ud800-\udfff]", value):
         raise ConfigError(f"{parameter.name} is {value!r}, which is not valid Unicode: {parameter.help}")
-    if kind is list and parameter.default:
+    if isinstance(parameter.default, list) and parameter.default:
         element = Parameter(f"{parameter.name}[]", type(parameter.default[0]), "", parameter.help)
         value = [convert_value(element, item) for item in value]
     return _absolute(parameter.name, value)
@@ -433,7 +431,7 @@ def check_parameters(
             refuses a value.
     """
     values = {name: _absolute(name, namespace[name]) for name in _last_declared(namespace) if name not in beside}
-    known = [field.name for field in fields(config_type)]
+    known = [field.name for field in fields(config_type)]  # type: ignore[arg-type]  # any dataclass
     if unknown := [name for name in values if name not in known]:
         hint = nearest(unknown[0], known)
         raise ConfigError(f"the parameters cell has {unknown[0]!r}, {config_type.__name__} has no such field; {hint}")
@@ -474,7 +472,8 @@ def _from_text(kind: type, text: str, parameter: Parameter) -> Any:
 
 
 def _mismatch(parameter: Parameter, value: Any) -> ConfigError:
-    wanted = {bool: "true or false", float: "a finite float"}.get(parameter.type, parameter.type.__name__)
+    kinds: dict[type, str] = {bool: "true or false", float: "a finite float"}
+    wanted = kinds.get(parameter.type, parameter.type.__name__)
     found = f"{parameter.name} is {value!r} ({type(value).__name__})"
     return ConfigError(f"{found}, expected {wanted}: {parameter.help}")
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -142,9 +143,12 @@ def pretrain(
     return record
 
 
+DEFAULTS: dict[str, Any] = pretrain.__kwdefaults__ or {}
+
+
 def pretraining_budget(method: str) -> dict[str, int]:
     """What a pair costs the tiny model of a method in pre-training; see `training_budget`."""
-    settings = _settings({**pretrain.__kwdefaults__, "method": method})
+    settings = _settings({**DEFAULTS, "method": method})
     parts = _parts(settings)
     _, held_out = pairs_to_see(parts, seed=settings["seed"], count=0)
     return _budget(parts, held_out)
@@ -174,7 +178,7 @@ def _settings(given: Mapping) -> dict:
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     foreign = {name for other, names in OWN.items() if other != method for name in names}
     for name in foreign:
-        if given[name] != pretrain.__kwdefaults__[name]:
+        if given[name] != DEFAULTS[name]:
             raise ConfigError(f"method {method} has no {name}; leave it out")
     for name, (low, high) in _RANGES.items():
         if not low <= given[name] <= high or math.isinf(given[name]):
@@ -189,8 +193,7 @@ def _settings(given: Mapping) -> dict:
 
 
 def _command(out: Path, given: Mapping) -> str:
-    defaults = pretrain.__kwdefaults__
-    told = {name: value for name, value in given.items() if name in ("pairs", "seed") or value != defaults[name]}
+    told = {name: value for name, value in given.items() if name in ("pairs", "seed") or value != DEFAULTS[name]}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in told.items())
     return f"python -m fmfa.pretrain data/{out.name} {options}"
 
@@ -199,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 an error of the package, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m fmfa.pretrain", description=__doc__)
     parser.add_argument("out", help=f"file of the weights, ending in {SUFFIX}")
-    for name, value in pretrain.__kwdefaults__.items():
+    for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

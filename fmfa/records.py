@@ -216,9 +216,11 @@ def _code(notebook: str) -> list[tuple[str, bool]]:
 
 
 def _git(folder: Path, *command: str) -> str | None:
-    settings = {"capture_output": True, "timeout": 30, "encoding": "utf-8", "errors": "surrogateescape"}
+    command = ("git", "-C", str(folder), *command)
     try:
-        result = subprocess.run(["git", "-C", str(folder), *command], **settings)
+        result = subprocess.run(
+            command, capture_output=True, timeout=30, encoding="utf-8", errors="surrogateescape", check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None

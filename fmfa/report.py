@@ -133,8 +133,8 @@ def _executed(path: Path) -> tuple[dict[str, Any], str]:
         return {}, str(error)
     if record.get("status") == "finished":
         return record, ""
-    error = record.get("error")
-    told = f"{error.get('type')}: {error.get('message')}" if isinstance(error, dict) else "it did not run to its end"
+    why = record.get("error")
+    told = f"{why.get('type')}: {why.get('message')}" if isinstance(why, dict) else "it did not run to its end"
     return record, told
 
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import list_pretrained_tags_by_model
-from torch import nn
 
 from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name
 from fmfa.data.datasets import DATA, open_dataset, project_path
@@ -21,6 +21,7 @@ from fmfa.files import PROJECT
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
+from fmfa.models.outputs import Retriever
 from fmfa.models.weight_files import read_state_dict
 from fmfa.models.weights import PREFIX as IVT_PREFIX
 from fmfa.models.weights import (
@@ -54,7 +55,7 @@ VIT = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm's name for the file that
 class System:
     """What encodes pictures and captions: the model, its tokenizer and its evaluation transform."""
 
-    model: nn.Module
+    model: Retriever
     tokenizer: Tokenizer
     transform: ImageTransform
     report: LoadReport | None = None  # what was loaded from where, for a system about to be trained
@@ -86,12 +87,11 @@ def build_system(config: TrainConfig, dataset: Dataset | None = None) -> System:
         CheckpointError: the weights cannot be found, fetched or read, or leave a part of an encoder random.
     """
     config = config.resolved()
-    ivt = config.method == "ivt"
-    model = build_ivt_model(config) if ivt else build_clip_model(config, dataset)
+    model = build_ivt_model(config) if config.method == "ivt" else build_clip_model(config, dataset)
     report = None
     if config.weights != NO_WEIGHTS:
         _refuse_damaged(config.weights)
-        report = load_ivt_start(config, model) if ivt else load_clip_start(config, model)
+        report = load_ivt_start(config, model) if isinstance(model, IvtRetriever) else load_clip_start(config, model)
     return _system(model, config.vocabulary, report)
 
 
@@ -123,7 +123,7 @@ def load_system(
         config = _foreign(source, {name: value for name, value in known.items() if value})
         system = build_system(config)
         system.model.eval().to(choose_device(device))
-        if system.report.layout == TBPS_CLIP:
+        if system.report and system.report.layout == TBPS_CLIP:
             system = replace(system, transform=tbps_clip_evaluation(system.transform.size))
         return system
     if given:
@@ -138,20 +138,20 @@ def load_system(
     return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
 
 
-def load_systems(sources: Sequence[str], device: str = "cpu", **parameters: str | int) -> dict[str, System]:
+def load_systems(sources: Sequence[str], device: str = "cpu", **parameters: Any) -> dict[str, System]:
     """Several systems by name, each as `load_system` opens it; parameters of a model go to those that need them.
 
     A system has the name of its folder or file, or its whole path where two would have the same name.
     """
     names = [Path(source).name if Path(source).is_dir() else Path(source).stem for source in sources]
     foreign = [source for source in sources if not _is_own(project_path(source))]
-    shared = {name: parameters[name] for name in ("dataset", "vocabulary") if name in parameters}
-    return {
-        source if names.count(name) > 1 else name: load_system(
-            source, device, **(shared if foreign and source not in foreign else parameters)
-        )
-        for source, name in zip(sources, names, strict=True)
-    }
+    systems = {}
+    for source, name in zip(sources, names, strict=True):
+        given = parameters
+        if foreign and source not in foreign:
+            given = {key: value for key, value in parameters.items() if key in ("dataset", "vocabulary")}
+        systems[source if names.count(name) > 1 else name] = load_system(source, device, **given)
+    return systems
 
 
 def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> System | None:
@@ -187,13 +187,13 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
     if launched_rank() == 0:
         print(start)
     texts = {START: f"{start}\n"}
-    if config.method == "ivt":
+    if isinstance(system.tokenizer, WordPieceTokenizer):
         texts[VOCABULARY] = system.tokenizer.vocabulary_file()
         kept = folder / VOCABULARY
         if kept.is_file() and wordpiece_tokenizer(kept).vocabulary != system.tokenizer.vocabulary:
             raise TrainingError(f"{kept} is the vocabulary of another run; give a new folder, or that run's vocabulary")
 
-    def validate(model: nn.Module) -> dict[str, float]:
+    def validate(model: Retriever) -> dict[str, float]:
         rows = dataset.split("val")
         found = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
         return found.metrics["text to image"].summary
@@ -204,8 +204,14 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
 def open_training_data(config: TrainConfig) -> Dataset:
     """Open the data set of a resolved configuration, with the true phrases where its text levels need them."""
     spans = config.text_levels == "spans"
-    options = {"scale": config.scale, "seed": config.data_seed, "drop_empty_captions": config.drop_empty_captions}
-    return open_dataset(config.dataset, config.root, spans=spans, **options)
+    return open_dataset(
+        config.dataset,
+        config.root,
+        scale=config.scale,
+        seed=config.data_seed,
+        drop_empty_captions=config.drop_empty_captions,
+        spans=spans,
+    )
 
 
 def open_test_data(
@@ -228,7 +234,8 @@ def open_test_data(
         AnnotationError: the data set cannot be read, or is another one than `dataset`.
         TrainingError: a run's configuration is damaged.
     """
-    configs = {str(run): run_config(run) for run in map(_run_of, map(Path, filter(None, sources))) if run}
+    runs = [_run_of(Path(source)) for source in sources if source]
+    configs = {str(run): run_config(run) for run in runs if run}
     seeds = {run: config.data_seed for run, config in configs.items()}
     seeds |= {"data_seed": data_seed} if data_seed >= 0 else {}
     if len(set(seeds.values())) > 1:
@@ -252,8 +259,9 @@ def default_run_folder(config: TrainConfig) -> Path:
     return PROJECT / "runs" / f"{config.method}-{config.preset}-{config.dataset}-{config.seed}-{digest}"
 
 
-def _system(model: nn.Module, vocabulary: str | Path, report: LoadReport | None = None) -> System:
-    size = tuple(model.config["image_size"])
+def _system(model: ClipRetriever | IvtRetriever, vocabulary: str | Path, report: LoadReport | None = None) -> System:
+    height, width = model.config["image_size"]
+    size = height, width
     if isinstance(model, IvtRetriever):
         return System(model, ivt_tokenizer(model, vocabulary), ivt_evaluation(size), report)
     return System(model, clip_tokenizer_of(model), fmfa_evaluation(size), report)
@@ -439,6 +447,6 @@ def _objective(config: TrainConfig) -> dict:
     if "tau" in found and chosen["loss"] == "cmpm":
         raise ConfigError(f"objectives has tau={found['tau']}, but CMPM has no temperature: leave it out, or loss=sdm")
     tau = chosen.get("tau", 1)
-    if type(tau) not in (int, float) or tau <= 0:
+    if isinstance(tau, str | bool) or tau <= 0:
         raise ConfigError(f"objectives has tau={tau}; expected a temperature above 0, such as tau=0.02")
     return chosen

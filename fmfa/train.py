@@ -7,7 +7,8 @@
 import argparse
 import os
 import sys
-from typing import get_args
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 from torch import distributed
 
@@ -23,10 +24,11 @@ INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 def config_parameters() -> dict[str, Parameter]:
     """Every field of `TrainConfig` as a parameter; the help names the choices if there are any."""
     parameters = {}
-    for name, setting in TrainConfig.__pydantic_fields__.items():
-        choices = ", ".join(map(repr, get_args(setting.annotation)))
+    for field in fields(TrainConfig):
+        setting: Any = field.default  # pydantic's, with the help and the limits
+        choices = ", ".join(map(repr, get_args(field.type))) if get_origin(field.type) is Literal else ""
         text = setting.description + (f"; one of {choices}" if choices else "")
-        parameters[name] = Parameter(name, type(setting.default), setting.default, text)
+        parameters[field.name] = Parameter(field.name, type(setting.default), setting.default, text)
     return parameters
 
 

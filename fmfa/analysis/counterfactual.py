@@ -49,11 +49,11 @@ def score_counterfactuals(system: System, dataset: Dataset, found: Sequence[Coun
     with tempfile.TemporaryDirectory() as folder:
         paths = [dataset.images / name for name in names]
         for number, made in enumerate(found):
-            if made.kind == PICTURE:
+            if not isinstance(made.changed, str):
                 paths.append(Path(folder) / f"{number}.png")
                 Image.fromarray(made.changed).save(paths[-1], compress_level=1)
         pictures = _unit(encode_images(system.model, paths, system.transform, progress=False))
-    changed_texts = [c.changed for c in found if c.kind == CAPTION]
+    changed_texts = [c.changed for c in found if isinstance(c.changed, str)]
     captions = _unit(encode_captions(system.model, texts + changed_texts, system.tokenizer, progress=False))
     picture = np.array([names.index(c.site.record["file_path"]) for c in found])
     caption = np.array([texts.index(c.site.text) for c in found])

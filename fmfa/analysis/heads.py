@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmfa.data.images import resolve_image
 from fmfa.losses.matching import identity_loss
-from fmfa.models.clip import identity_classifier
+from fmfa.models.clip import ClipRetriever, identity_classifier
 from fmfa.models.outputs import Encoded
 from fmfa.simpedes.words import COLOUR_WORDS
 from fmfa.systems import System
@@ -66,10 +66,13 @@ def guess_word(system: System, image: Tensor, captions: Sequence[str], pair: int
     chosen = torch.zeros_like(ids, dtype=torch.bool)
     chosen[0, system.tokenizer.decode(ids[0].tolist()).index(word)] = True
     masked = ids.masked_fill(chosen, system.tokenizer.mask_id)
-    text = system.model.encode_text(masked, positions=ids.shape[1]).tokens
+    model = system.model
+    assert isinstance(model, ClipRetriever)
+    assert model.irr is not None
+    text = model.encode_text(masked, positions=ids.shape[1]).tokens
     pictures = torch.stack([image[pair], image.mean(dim=0), image[pair - 1]])
-    logits = system.model.irr(text.expand(3, -1, -1), pictures, chosen.expand(3, -1))
-    index = pd.Index(system.tokenizer.decode(range(system.model.clip.vocab_size)), name="token")
+    logits = model.irr(text.expand(3, -1, -1), pictures, chosen.expand(3, -1))
+    index = pd.Index(system.tokenizer.decode(range(model.clip.vocab_size)), name="token")
     table = pd.DataFrame(
         logits.softmax(dim=1).T.double().numpy(), index, ["own picture", "mean picture", "another's picture"]
     )

@@ -15,6 +15,7 @@ from fmfa.evaluation.evaluate import evaluating
 from fmfa.losses.efa import sparsify
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
+from fmfa.models.outputs import Retriever
 from fmfa.systems import System
 from fmfa.text.bytepair import phrase_tokens
 
@@ -68,7 +69,7 @@ def _batch_maps(system: System, images: Path, phrases: pd.DataFrame) -> dict[str
 
 
 @torch.no_grad()
-def token_maps(model: nn.Module, image_tokens: Tensor, text_tokens: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+def token_maps(model: Retriever, image_tokens: Tensor, text_tokens: Tensor, chosen: Tensor) -> dict[str, Tensor]:
     """The maps that come from tokens; see `phrase_maps`.
 
     Args:
@@ -108,7 +109,7 @@ def _phrase_positions(system: System, phrases: pd.DataFrame, length: int) -> Ten
     return chosen
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: Retriever) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -123,8 +124,8 @@ class PatchGrid:
     """
 
     image_size: tuple[int, int]
-    patch: tuple[int, int]
-    stride: tuple[int, int]
+    patch: tuple[int, ...]
+    stride: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -149,13 +150,13 @@ class PatchGrid:
         return F.avg_pool2d(pixels, self.patch, self.stride).flatten(1).numpy()
 
 
-def patch_grid(model: nn.Module) -> PatchGrid:
+def patch_grid(model: Retriever) -> PatchGrid:
     """The grid of a model; ConfigError for a model without a patch convolution."""
     convolution = patch_convolution(model)
     return PatchGrid(tuple(model.config["image_size"]), convolution.kernel_size, convolution.stride)
 
 
-def patch_convolution(model: nn.Module) -> nn.Conv2d:
+def patch_convolution(model: Retriever) -> nn.Conv2d:
     """The convolution that turns pixels into patch tokens; ConfigError for another kind of model."""
     if isinstance(model, ClipRetriever):
         return model.clip.visual.conv1
@@ -177,7 +178,7 @@ def true_patches(coverage: np.ndarray) -> np.ndarray:
     return (coverage >= np.minimum(TRUE_COVERAGE, TRUE_OF_BEST * best)) & (coverage > 0)
 
 
-def gradient_relevance(model: nn.Module, images: Tensor, ids: Tensor) -> Tensor:
+def gradient_relevance(model: Retriever, images: Tensor, ids: Tensor) -> Tensor:
     """Gradient times input of the patches, for the cosine of the picture's and the text's embeddings.
 
     The patches are the outputs of the patch convolution, before positions are added, so that what counts is what a

@@ -319,7 +319,7 @@ def _said(file: Path) -> str:
 
 def _flatten(content: Any, file: Path, notes: list[str]) -> list[dict[str, Any]]:
     parts = content if isinstance(content, dict) else {"": content}
-    records = []
+    records: list[dict[str, Any]] = []
     for key, part in parts.items():
         split = SPLITS.get(key.lower())
         if not isinstance(part, list) or not all(isinstance(record, dict) for record in part):

@@ -75,7 +75,7 @@ class CheckReport:
     def verdict(self) -> str:
         """One plain sentence."""
 
-        def names(severity):
+        def names(severity: str) -> list[str]:
             return self.table["check"][self.table["severity"] == severity].tolist()
 
         if fatal := names("fatal"):
@@ -313,7 +313,7 @@ def decode_pictures(images: Path, relative: list[str], progress: bool) -> pd.Dat
 
 
 def _decode(images: Path, relative: list[str]) -> list[tuple[str | None, bytes | None]]:
-    rows = []
+    rows: list[tuple[str | None, bytes | None]] = []
     for path in relative:
         try:
             picture = load_image(images / path)
@@ -329,7 +329,8 @@ def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
     """Findings on pictures of the same pixels under different names, within and across splits."""
     copies = table.drop_duplicates("image").assign(pixels=table["image"].map(pixels)).dropna(subset="pixels")
     copies = copies[copies["pixels"].duplicated(keep=False)]
-    within, across = [], []
+    within: list[str] = []
+    across: list[str] = []
     for _, rows in copies.groupby("pixels", sort=False):
         several = rows["split"].nunique() > 1
         shown = [f"{row.image} ({row.split}, identity {row.identity})" for row in rows[:EXAMPLES].itertuples()]

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
-def _refuse_open_end(file, path) -> None:
+def _refuse_open_end(file: BinaryIO, path: str | Path) -> None:
     """A half-written JPEG padded with zeros decodes without complaint: walk the first picture to its end marker."""
     file.seek(0)
     data, position = file.read(), 2
@@ -118,7 +118,7 @@ def _refuse_open_end(file, path) -> None:
     raise ImageError(f"{path}: cut short (a JPEG without its end marker); replace the file")
 
 
-def _to_rgb(image: Image.Image, path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ImageError(f"{path}: 32-bit {image.mode!r} pixels have no fixed range; save it as 8-bit RGB")
     if image.mode.startswith("I;16"):
@@ -129,7 +129,7 @@ def _to_rgb(image: Image.Image, path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _no_file(path) -> str:
+def _no_file(path: str | Path) -> str:
     if os.path.isdir(path):
         return "is a folder, not a picture"
     if os.path.islink(path):
@@ -139,7 +139,7 @@ def _no_file(path) -> str:
     return "no such file; check the image folder and the path in the annotations"
 
 
-def _reason(path, error: Exception) -> str:
+def _reason(path: str | Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     with open(path, "rb") as file:

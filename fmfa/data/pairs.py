@@ -7,7 +7,7 @@ number of worker processes and training can resume anywhere.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,6 @@ from fmfa.text.levels import swap_sides
 
 CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory
 PADDED_WITH = {"masked_labels": 0, "token_parts": -1}  # and ids with the tokenizer's own padding
-Flip = Literal["mirror", "swap", "off"]
 Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
 OF_THE_PICTURE = ("image", "identity", "label", "split", "record", "held_out")
 KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens; the rest become the mask token
@@ -47,7 +46,7 @@ class PairDataset(Dataset):
         transform: ImageTransform,
         *,
         seed: int,
-        flip: Flip = "mirror",
+        flip: str = "mirror",
         mask_probability: float = 0.15,
         levels: Levels | None = None,
         parts: PartMaps | None = None,
@@ -86,7 +85,7 @@ class PairDataset(Dataset):
         self.flip, self.mask_probability, self.levels, self.parts = flip, mask_probability, levels, parts
         self._captions = table["caption"].tolist()
         self._labels = torch.from_numpy(table["label"].to_numpy(np.int64, copy=True))
-        self._records = table.to_dict("records") if levels else None
+        self._records = table.to_dict("records") if levels else []
         self._picture_of_row, names = pd.factorize(table["image"])
         self._paths = [resolve_image(images, name) for name in names]
         size = 3 * transform.size[0] * transform.size[1] * len(self._paths)
@@ -116,7 +115,7 @@ class PairDataset(Dataset):
         if self.flip == "swap":
             texts = [swap_sides(text) if mirrored else text for text, mirrored in zip(texts, flipped)]
         ids = [self._encode(text) for text in texts]
-        sample = {"caption_ids": ids}
+        sample: dict[str, Tensor | list[Tensor]] = {"caption_ids": ids}
         if self.parts is None:
             sample["images"] = self._augment(self._picture(row), flipped, pixel_seed)
         else:
@@ -227,8 +226,10 @@ def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0
 
 def start_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
     """Make the next pass over a loader of `make_loader` that of `epoch`, from `first_batch` on."""
-    loader.dataset.set_epoch(epoch)
-    loader.batch_sampler.set_epoch(epoch, first_batch)
+    dataset: Any = loader.dataset
+    batches: Any = loader.batch_sampler
+    dataset.set_epoch(epoch)
+    batches.set_epoch(epoch, first_batch)
 
 
 def shuffle_pairs(table: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -134,9 +134,9 @@ class IdentityBatches(EpochBatches):
             )
         if instances < 1:
             raise ConfigError(f"{instances} rows an identity; expected at least 1")
-        identities = np.asarray(identities)
-        _, starts = np.unique(np.sort(identities), return_index=True)
-        self._rows_by_identity = np.split(np.argsort(identities, kind="stable"), starts[1:])
+        order = np.argsort(identities, kind="stable")
+        _, starts = np.unique(np.asarray(identities)[order], return_index=True)
+        self._rows_by_identity = np.split(order, starts[1:])
         if len(starts) < identities_per_batch:
             raise ConfigError(
                 f"{identities_per_batch} identities a batch, but the data has {len(starts)}; "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmfa.data.images import ImageTransform, resolve_image
 from fmfa.evaluation.evaluate import encode_captions, encode_images, gallery_of, top_matches
+from fmfa.models.outputs import Retriever
 from fmfa.records import device_name
 from fmfa.text.bytepair import Tokenizer
 
@@ -25,7 +27,7 @@ SAMPLING_SECONDS = 0.002
 
 
 def inference_cost(
-    model: nn.Module,
+    model: Retriever,
     tokenizer: Tokenizer,
     transform: ImageTransform,
     rows: pd.DataFrame,
@@ -60,10 +62,10 @@ def inference_cost(
     where = f"{device_name(device)}, {torch.get_num_threads()} threads"
     paths = [resolve_image(images, name) for name in gallery["image"][:batch_size]]
     captions = rows["caption"].tolist()[:batch_size]
-    pictures = {}
+    pictures: dict[Path, Tensor] = {}
     reading = _median(lambda: pictures.update({path: transform.read(path) for path in paths}), 1)
-    decoded = SimpleNamespace(read=pictures.__getitem__, finish=transform.finish)
-    quiet = {"batch_size": batch_size, "progress": False}
+    decoded: Any = SimpleNamespace(read=pictures.__getitem__, finish=transform.finish)
+    quiet: dict[str, Any] = {"batch_size": batch_size, "progress": False}
     with _peak_memory(device) as peak:
         features = encode_images(model, paths, decoded, **quiet)
         encode_captions(model, captions, tokenizer, **quiet)

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fmfa.data.images import ImageTransform, picture_suffixes, resolve_image
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.evaluation.statistics import Interval, bootstrap_interval
 from fmfa.metrics import RankMetrics, chance_metrics, feature_metrics
+from fmfa.models.outputs import Retriever
 from fmfa.progress import progress_bar
 from fmfa.text.bytepair import Tokenizer
 
@@ -123,7 +124,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Retriever,
     rows: pd.DataFrame,
     images: str | Path,
     tokenizer: Tokenizer,
@@ -136,7 +137,7 @@ def evaluate(
     """Encode a split with a model; metrics and intervals are computed when they are first asked for.
 
     Args:
-        model: any model of the interface (`encode_image`, `encode_text`), on any device.
+        model: on any device.
         rows: one row per caption, as `Dataset.split` gives it; `image`, `identity` and `caption` are used.
         images: folder that the column `image` is relative to.
         tokenizer: the model's.
@@ -151,12 +152,12 @@ def evaluate(
     """
     gallery = gallery_of(rows)
     paths = [resolve_image(images, name) for name in gallery["image"]]
-    options = {"batch_size": batch_size, "progress": progress}
+    captions = rows["caption"].tolist()
     return Evaluation(
         rows=rows.reset_index(drop=True),
         gallery=gallery,
-        text_features=encode_captions(model, rows["caption"].tolist(), tokenizer, **options),
-        image_features=encode_images(model, paths, transform, **options),
+        text_features=encode_captions(model, captions, tokenizer, batch_size=batch_size, progress=progress),
+        image_features=encode_images(model, paths, transform, batch_size=batch_size, progress=progress),
         seed=seed,
     )
 
@@ -183,7 +184,7 @@ def top_matches(similarity: Tensor, k: int = 10) -> Tensor:
 
 
 def search_folder(
-    model: nn.Module,
+    model: Retriever,
     sentence: str,
     folder: str | Path,
     tokenizer: Tokenizer,
@@ -222,7 +223,7 @@ def search_folder(
     return pd.DataFrame({"image": names[best], "similarity": similarity.numpy()[best]})
 
 
-def encode_sentence(model: nn.Module, sentence: str, tokenizer: Tokenizer) -> Tensor:
+def encode_sentence(model: Retriever, sentence: str, tokenizer: Tokenizer) -> Tensor:
     """Embedding of a sentence to search for: float32 [D], not normalised; a warning tells if its end is not read.
 
     Raises:
@@ -244,7 +245,8 @@ def pictures_below(folder: Path) -> tuple[list[str], dict[str, str]]:
 
     Links are followed, each folder once, and never to a folder that holds `folder`.
     """
-    paths, faults = [], {}
+    paths: list[str] = []
+    faults: dict[str, str] = {}
 
     def note(error: OSError) -> None:
         faults[error.filename] = f"{error.filename}: {error.strerror}"
@@ -289,11 +291,11 @@ def shuffle_captions(evaluation: Evaluation, seed: int = 0) -> Evaluation:
 
 
 def encode_images(
-    model: nn.Module,
+    model: Retriever,
     paths: Sequence[str | Path],
     transform: ImageTransform,
     *,
-    faults: dict[str | Path, str] | None = None,
+    faults: dict[str, str] | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Tensor:
@@ -320,7 +322,7 @@ def encode_images(
         except ImageError as error:
             if faults is None:
                 raise
-            faults[path] = str(error)
+            faults[str(path)] = str(error)
             return None
 
     def encode(pictures: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ def encode_images(
 
 
 def encode_captions(
-    model: nn.Module,
+    model: Retriever,
     captions: Sequence[str],
     tokenizer: Tokenizer,
     *,
@@ -357,7 +359,7 @@ def encode_captions(
 
 @torch.no_grad()
 def _encode(
-    model: nn.Module,
+    model: Retriever,
     encode: Callable[[Tensor], Tensor],
     batches: Iterator[Tensor],
     total: int,
@@ -375,7 +377,7 @@ def _encode(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Retriever) -> Iterator[None]:
     """Put every module of a model into evaluation mode, and back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -118,10 +118,10 @@ def holm_levels(p_values: Sequence[float]) -> np.ndarray:
     `holm(p_values) <= 0.05`. Each interval has its own level; only the widest, at 1 - alpha / m for all, would
     cover all differences at once with probability 1 - alpha (Bonferroni).
     """
-    p_values = np.asarray(p_values, dtype=np.float64)
-    order, steps = np.argsort(p_values, kind="stable"), np.arange(len(p_values))
+    values = np.asarray(p_values, dtype=np.float64)
+    order, steps = np.argsort(values, kind="stable"), np.arange(len(p_values))
     tested = 0.05 / (len(p_values) - steps)
-    rejected = np.logical_and.accumulate(p_values[order] <= tested).sum()
+    rejected = np.logical_and.accumulate(values[order] <= tested).sum()
     levels = np.empty(len(p_values))
     levels[order] = 1 - tested[np.minimum(steps, min(rejected, len(steps) - 1))] if len(steps) else []
     return levels

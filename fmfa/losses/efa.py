@@ -4,6 +4,8 @@ Text tokens are grouped with the patches of their own image into "joint embeddin
 image of the batch is then compared with every joint embedding, position by position.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -144,10 +146,11 @@ def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: s
         similarity = F.normalize(similarity, dim=1)
         pair = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
         diagonal = similarity.diagonal()
-        return sum(
+        by_row, by_column = (
             (similarity - own + margin).masked_fill(pair, 0.0).logsumexp(dim=0).mean()
             for own in (diagonal[:, None], diagonal[None, :])
         )
+        return by_row + by_column
     raise ConfigError(f"efa_cost is {cost!r}, expected one of {', '.join(COSTS)}")
 
 
@@ -181,7 +184,7 @@ def efa(
     Returns:
         The text-to-joint and the vision-to-joint cost, scalars.
     """
-    pool = {"joint_mask": text_mask, "sharpness": sharpness, "chunk": chunk}
+    pool: dict[str, Any] = {"joint_mask": text_mask, "sharpness": sharpness, "chunk": chunk}
     by_text = pooled_similarity(text_tokens, joint, token_mask=text_mask, **pool)
     by_image = pooled_similarity(patch_tokens, joint, **pool)
     return (

@@ -4,6 +4,8 @@ Embeddings are [B, D] and need not be normalised; row i of `image` and row i of 
 Rows with the same `identity` are positives of each other. Half-precision inputs are compared in float32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,8 +94,8 @@ def asdm(
         ConfigError: unknown `form`.
     """
     similarity = cosine_similarity(text, image)
-    form_of_weights = {"scale": scale, "alpha": alpha, "form": form, "offset": offset}
-    total = 0.0
+    form_of_weights: dict[str, Any] = {"scale": scale, "alpha": alpha, "form": form, "offset": offset}
+    total = similarity.new_zeros(())
     for rows in (similarity, similarity.T):
         weights = asdm_weights(rows if gradient else rows.detach(), identity, **form_of_weights)
         total = total + (weights * _divergence(rows, identity, scale, epsilon)).mean()

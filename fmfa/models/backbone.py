@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip import get_model_config
@@ -56,7 +57,7 @@ def backbone_config(source: str | Path | Mapping) -> dict:
 
 
 def build_clip(
-    config: Mapping,
+    config: Mapping[str, Any],
     *,
     image_size: tuple[int, int] | None = None,
     stride: int | None = None,
@@ -74,15 +75,15 @@ def build_clip(
     Raises:
         ConfigError: not a ViT CLIP with an open_clip text transformer, or sizes that do not fit.
     """
-    config = deepcopy(dict(config))
-    vision, text = dict(config["vision_cfg"]), config["text_cfg"]
+    parts = deepcopy(dict(config))
+    vision, text = dict(parts["vision_cfg"]), parts["text_cfg"]
     if (
         vision.get("timm_model_name")
         or isinstance(vision.get("layers"), list | tuple)
         or vision.get("attentional_pool")
         or text.get("hf_model_name")
         or text.get("embed_cls")
-        or "multimodal_cfg" in config
+        or "multimodal_cfg" in parts
     ):
         raise ConfigError(
             "this backbone is not a plain CLIP: expected open_clip's own VisionTransformer (no ResNet, timm "
@@ -90,10 +91,10 @@ def build_clip(
         )
     size = image_size or vision.get("image_size", 224)
     vision["image_size"] = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
-    config["vision_cfg"] = vision
-    tower = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    parts["vision_cfg"] = vision
+    tower = CustomTextCLIP if parts.pop("custom_text", False) else CLIP
     try:
-        clip = tower(**config)
+        clip = tower(**parts)
     except (TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"open_clip cannot build this backbone configuration: {error}") from error
     _set_stride(clip.visual, stride)

@@ -4,8 +4,10 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import LayerNorm, QuickGELU, Transformer, text_global_pool
 from torch import Tensor, nn
 
@@ -16,17 +18,17 @@ from fmfa.losses.grounding import grounding_hits, grounding_loss, phrase_targets
 from fmfa.models.backbone import backbone_config, build_clip
 from fmfa.models.distributed import gather, largest, total, world_size
 from fmfa.models.objectives import Objectives
-from fmfa.models.outputs import Encoded, ModelOutput
+from fmfa.models.outputs import Encoded, ModelOutput, Retriever
 
 
-class TokenEncoder(nn.Module):
+class TokenEncoder(Retriever):
     """The encoding half of `fmfa.models.clip.ClipRetriever`, which builds its towers.
 
     Attributes:
         clip: open_clip's model.
     """
 
-    clip: nn.Module
+    clip: CLIP | CustomTextCLIP
 
     def encode_image(self, images: Tensor) -> Encoded:
         """Encode images, float [B, 3, H, W] normalised.
@@ -165,7 +167,8 @@ class ClipRetriever(TokenEncoder):
             torch.manual_seed(seed)
             self.clip = build_clip(config, image_size=image_size, stride=stride, position_std=position_std)
             width = config["embed_dim"]
-            self.irr = self.classifier = None
+            self.irr: CrossModalHead | None = None
+            self.classifier: nn.Linear | None = None
             if self.objectives.irr:
                 self.irr = CrossModalHead(
                     width,
@@ -235,7 +238,7 @@ class ClipRetriever(TokenEncoder):
         where = self._true_patches(batch, length) if wanted.needs_parts else None
         if wanted.efa:
             self._align(output, image, text, ids, batch["labels"], where if wanted.efa_oracle else None)
-        if wanted.grounding:
+        if where is not None and wanted.grounding:
             self._ground(output, image, text, where)
         return output
 
@@ -259,7 +262,7 @@ class ClipRetriever(TokenEncoder):
                 images, texts, labels, scale=scale, epsilon=wanted.sdm_epsilon
             )
         if wanted.asdm:
-            form = {
+            form: dict[str, Any] = {
                 "scale": scale,
                 "alpha": wanted.asdm_alpha,
                 "form": wanted.asdm_form,
@@ -276,6 +279,7 @@ class ClipRetriever(TokenEncoder):
                     output.stats[f"asdm_weight_{name}_max"] = weights.max()
 
     def _classify(self, output: ModelOutput, image: Encoded, text: Encoded, labels: Tensor) -> None:
+        assert self.classifier is not None
         logits = self.classifier(image.embedding), self.classifier(text.embedding)
         # each rank's mean counts by its share of the joint batch; DDP divides by the number of ranks
         share = world_size() * len(labels) / int(total(torch.tensor(len(labels), device=labels.device)))
@@ -284,6 +288,7 @@ class ClipRetriever(TokenEncoder):
             output.stats[f"id_accuracy_{name}"] = (rows.argmax(dim=1) == labels).float().mean().detach()
 
     def _predict_masked(self, output: ModelOutput, text: Tensor, image: Tensor, batch: Mapping) -> None:
+        assert self.irr is not None
         labels = batch["masked_labels"]
         chosen = labels != 0
         valid = self.caption_positions(batch["masked_ids"]) if self.objectives.irr_padding_mask else None
@@ -353,15 +358,11 @@ class CrossModalHead(nn.Module):
         self.ln_pre_t = LayerNorm(width)
         self.ln_pre_i = LayerNorm(width)
         self.ln_post = LayerNorm(width)
-        self.mlm_head = nn.Sequential(
-            OrderedDict(
-                dense=nn.Linear(width, width),
-                gelu=QuickGELU(),
-                ln=LayerNorm(width),
-                fc=nn.Linear(width, vocab_size),
-            )
-        )
+        dense, words = nn.Linear(width, width), nn.Linear(width, vocab_size)
+        self.mlm_head = nn.Sequential(OrderedDict(dense=dense, gelu=QuickGELU(), ln=LayerNorm(width), fc=words))
         self._initialise(width, depth)
+        nn.init.normal_(dense.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(words.weight, std=width**-0.5 * (2 * depth) ** -0.5)
 
     def _initialise(self, width: int, depth: int) -> None:
         attention, output, hidden = width**-0.5, width**-0.5 * (2 * depth) ** -0.5, (2 * width) ** -0.5
@@ -372,8 +373,6 @@ class CrossModalHead(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=output)
         nn.init.normal_(self.cross_attn.in_proj_weight, std=attention)
         nn.init.normal_(self.cross_attn.out_proj.weight, std=output)
-        nn.init.normal_(self.mlm_head.dense.weight, std=hidden)
-        nn.init.normal_(self.mlm_head.fc.weight, std=output)
 
     def forward(self, text_tokens: Tensor, image_tokens: Tensor, chosen: Tensor, valid: Tensor | None = None) -> Tensor:
         """Vocabulary logits of the chosen positions.

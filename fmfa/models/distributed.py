@@ -5,6 +5,8 @@ all ranks, and DDP then averages parameter gradients over ranks, so the two fact
 cancel and each parameter gets the gradient that one process would have computed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -55,14 +57,14 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # ranks exchange equal shapes only
         padded[: len(tensor)] = tensor
         return torch.cat([part[:size] for part, size in zip(_all_gather(padded), sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous().clone()
         distributed.all_reduce(gradient)
         return gradient.split(ctx.sizes)[distributed.get_rank()], None

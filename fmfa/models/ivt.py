@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fmfa.errors import ConfigError
 from fmfa.losses.matching import cmpm, pair_similarities, sdm
 from fmfa.models.distributed import gather, largest, world_size
-from fmfa.models.outputs import Encoded, ModelOutput
+from fmfa.models.outputs import Encoded, ModelOutput, Retriever
 
 MASKED_LOGIT = -10000.0  # what padding keys get, as released; a softmax gives them exactly 0
 
@@ -62,7 +62,7 @@ class IvtConfig:
         return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
 
 
-class IvtRetriever(nn.Module):
+class IvtRetriever(Retriever):
     """IVT with its training objective.
 
     The embedding of either modality is output token 0 after the final LayerNorm, without projection.
@@ -328,6 +328,7 @@ def initialise(encoder: SharedEncoder, generator: torch.Generator) -> None:
             side = module.kernel_size[0]
             std = (2 / (side * side * module.out_channels)) ** 0.5
             nn.init.normal_(module.weight, std=std, generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for table in (encoder.cls_token, encoder.pos_embed, encoder.type_embed):
         nn.init.trunc_normal_(table, std=0.02, generator=generator)

@@ -1,7 +1,7 @@
 """Which losses a two-stream model is trained with: every row of the ablation is one `Objectives`."""
 
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -80,7 +80,7 @@ class Objectives:
         return self.efa > 0 and self.efa_positions == "all"
 
 
-def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", **overrides) -> Objectives:
+def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", **overrides: Any) -> Objectives:
     """The losses of a method as its paper or its released code has them, with single fields overridden.
 
     `clip` is ITC alone, `irra` SDM + ID + IRR, `fmfa` A-SDM + ID + IRR + EFA, each with weight 1. The
@@ -112,6 +112,7 @@ def objectives(method: str, preset: str = "paper", dataset: str = "CUHK-PEDES", 
     known = {field.name for field in fields(Objectives)}
     if unknown := sorted(set(overrides) - known):
         raise ConfigError(f"unknown objectives {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    forms: dict[str, Any]
     if preset == "paper":
         dataset = canonical_name(dataset)
         margin_text, margin_image = PAPER_MARGINS.get(dataset, PAPER_MARGINS["CUHK-PEDES"])

@@ -1,8 +1,9 @@
 """What every retrieval model hands to training and evaluation."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -34,3 +35,21 @@ class ModelOutput:
     losses: dict[str, Tensor]
     features: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, float | Tensor] = field(default_factory=dict)
+
+
+class Retriever(nn.Module):
+    """A model that encodes images and texts into one space; its forward takes a batch and returns a `ModelOutput`.
+
+    Attributes:
+        config: what it was built from, in plain values for a checkpoint's record.
+    """
+
+    config: dict[str, Any]
+
+    def encode_image(self, images: Tensor) -> Encoded:
+        """Encode images, float [B, 3, H, W] normalised."""
+        raise NotImplementedError
+
+    def encode_text(self, ids: Tensor, attention_mask: Tensor | None = None) -> Encoded:
+        """Encode texts, int64 [B, L]."""
+        raise NotImplementedError

@@ -29,22 +29,23 @@ def plain_losses(model: ClipRetriever, batch: Mapping[str, Tensor]) -> dict[str,
     ids = batch["masked_ids" if wanted.retrieval_sees_mask else "caption_ids"]
     text = _text_tokens(model, ids)
     pooled = image[:, 0], text[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
-    scale, found = 1 / wanted.tau, {}
+    scale, found = 1 / wanted.tau, dict[str, Tensor]()
     if wanted.itc:
         found["itc"] = wanted.itc * losses.itc(*pooled, scale=scale)
     if wanted.sdm:
         found["sdm"] = wanted.sdm * losses.sdm(*pooled, labels, scale=scale)
     if wanted.asdm:
-        form = {"scale": scale, "alpha": wanted.asdm_alpha, "form": wanted.asdm_form}
-        found["asdm"] = wanted.asdm * losses.asdm(*pooled, labels, **form)
-    if wanted.id:
-        found["id"] = wanted.id * losses.identity_loss(*map(model.classifier, pooled), labels)
-    if wanted.irr:
-        head = model.irr
+        found["asdm"] = wanted.asdm * losses.asdm(
+            *pooled, labels, scale=scale, alpha=wanted.asdm_alpha, form=wanted.asdm_form
+        )
+    if model.classifier is not None:
+        logits = model.classifier(pooled[0]), model.classifier(pooled[1])
+        found["id"] = wanted.id * losses.identity_loss(*logits, labels)
+    if (head := model.irr) is not None:
         masked, memory = _text_tokens(model, batch["masked_ids"]), head.ln_pre_i(image)
         x = head.cross_attn(head.ln_pre_t(masked), memory, memory, need_weights=False)[0]
-        logits = head.mlm_head(head.ln_post(head.cross_modal_transformer(x)))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["masked_labels"].flatten(), ignore_index=0)
+        words = head.mlm_head(head.ln_post(head.cross_modal_transformer(x)))
+        loss = F.cross_entropy(words.flatten(0, 1).float(), batch["masked_labels"].flatten(), ignore_index=0)
         found["irr"] = wanted.irr * loss
     if wanted.efa:
         found["efa"] = wanted.efa * _efa(model, text, image[:, 1:], ids, labels)
@@ -77,4 +78,4 @@ def _efa(model: ClipRetriever, text: Tensor, patches: Tensor, ids: Tensor, label
             best = best.masked_fill(~own[:, None, :], -math.inf)
         similarity = best.logsumexp(dim=-1) / wanted.efa_lambda
         costs.append(ranking_cost(similarity, labels, margin=margin, cost=wanted.efa_cost))
-    return sum(costs)
+    return costs[0] + costs[1]

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -215,7 +216,9 @@ def _write_caption(axis: Axes, strip: list[Counterfactual]) -> None:
         owner = [next((k for k, (a, b) in enumerate(spans) if a <= start + i < b), None) for i in range(len(line))]
         for layer in {None, *owner}:
             shown = "".join(c if of == layer else " " for c, of in zip(line, owner))
-            style = {"color": "0.25"} if layer is None else {"color": COLOURS[layer], "weight": "bold"}
+            style: dict[str, Any] = {"color": "0.25"}
+            if layer is not None:
+                style = {"color": COLOURS[layer], "weight": "bold"}
             axis.annotate(shown, (0, 0.9), xytext=(0, -14 * number), xycoords="axes fraction", fontsize=9,
                           textcoords="offset points", va="baseline", family="monospace", parse_math=False,
                           **style)  # fmt: skip

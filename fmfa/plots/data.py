@@ -67,7 +67,10 @@ def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     lengths = found.str.len()
     vocabulary = Counter(word for caption in found for word in caption)
     seen: set[str] = set()
-    growth = [len(seen.update(caption) or seen) for caption in found]
+    growth = []
+    for caption in found:
+        seen.update(caption)
+        growth.append(len(seen))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     sns.histplot(x=lengths, discrete=True, stat="percent", ax=axes[0], color="C0")
     for (name, mean, _), style in zip(PUBLISHED_CAPTIONS.itertuples(index=False), ("--", ":"), strict=True):

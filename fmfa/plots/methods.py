@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import getsource
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -216,7 +217,7 @@ def _write_words(axis: Axes, words: Sequence[str], kept: set[int]) -> None:
         width = 0.017 * len(word) + 0.02
         if x + width > 1:
             x, y = 0.0, y - 0.12
-        style = {"color": "black"} if place in kept else {"color": "0.7", "style": "italic"}
+        style: dict[str, Any] = {"color": "black"} if place in kept else {"color": "0.7", "style": "italic"}
         axis.text(x, y, word, fontsize=10, transform=axis.transAxes, family="monospace", parse_math=False, **style)
         x += width
     axis.set_title(f"{len(kept)} of {len(words)} word pieces (grey: dropped)", fontsize=9)

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +32,7 @@ def plot_training(run_folder: str | Path) -> Figure:
     """
     table = read_metrics(run_folder)
     epochs = table[table["split"] == "train"].pivot_table(index="epoch", columns="metric", values="value")
-    names = _in_order(c.removeprefix("loss/") for c in epochs.columns if c.startswith("loss/"))
+    names = _in_order([c.removeprefix("loss/") for c in epochs.columns if c.startswith("loss/")])
     if names[1:] == ["total"]:  # a single loss is the total
         names = names[:1]
     recall = table[(table["split"] == "val") & (table["metric"] == "R@1")]
@@ -125,8 +126,9 @@ def plot_cmc(evaluation: Evaluation, max_rank: int = 20) -> Figure:
         queries = len(metrics.relevant) - metrics.unanswerable
         label = f"{direction}, n = {queries:,} queries, {metrics.gallery_size:,} in the gallery"
         axis.plot(ranks, 100 * metrics.cmc(max_rank), color=colour, marker=marker, markersize=4, label=label)
-        dashes = {"linestyle": (start, (5, 5)), "color": colour}  # of two equal curves both colours show
-        axis.plot(ranks, 100 * _chance_cmc(metrics, max_rank), **dashes, label=f"chance, {direction}")
+        # of two equal curves both colours show
+        dashes: dict[str, Any] = {"linestyle": (start, (5, 5)), "color": colour}
+        axis.plot(ranks, 100 * _chance_cmc(metrics, max_rank), label=f"chance, {direction}", **dashes)
         for rank in (k for k in (1, 5, 10) if k <= max_rank):
             interval = evaluation.intervals[direction][f"R@{rank}"]
             axis.vlines(rank, 100 * interval.low, 100 * interval.high, color=colour, linewidth=5, alpha=0.35)
@@ -243,8 +245,9 @@ def _chance_cmc(metrics: RankMetrics, max_rank: int) -> np.ndarray:
 def framed(axis: Axes, picture: str | Path | np.ndarray, title: str, colour: str = "0.6") -> None:
     """Show a picture (a file, or uint8 [H, W, 3]) in a frame under a title of the frame's colour, black over grey."""
     if not isinstance(picture, np.ndarray):
-        picture = load_image(picture)
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image = load_image(picture)
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        picture = np.asarray(image)
     axis.set_axis_on()
     axis.imshow(picture)
     axis.grid(False)

@@ -173,5 +173,5 @@ def plot_joint_space(
         title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "
         f"gap between the modalities' means {gap:.2f}",
     )
-    axis.title.set_size(9)
+    axis.title.set_fontsize(9)
     return figure

@@ -46,9 +46,11 @@ class _Attention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor, key_bias: Tensor | None) -> Tensor:
         sources = {"query": tokens, "key": context, "value": context}
         # [B, N, D] -> [B, heads, N, D / heads]
-        split = [self.self[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, x in sources.items()]
+        query, key, value = (
+            self.self[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, x in sources.items()
+        )
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*split, attn_mask=key_bias, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_bias, dropout_p=dropout)
         return self.output(mixed.transpose(1, 2).flatten(2), tokens)
 
 
@@ -126,7 +128,7 @@ class FusionEncoder(nn.Module):
             [B, L, D]; position 0 is the pair's token.
         """
         key_bias = ((1 - attention_mask.to(text_tokens.dtype)) * MASKED_LOGIT)[:, None, None]
-        for layer in self.bert["encoder"]["layer"]:
+        for layer in self.bert.get_submodule("encoder.layer").children():
             text_tokens = layer(text_tokens, image_tokens, key_bias)
         return text_tokens
 
@@ -166,7 +168,7 @@ class IvtPretrainer(IvtRetriever):
         depth = config.pop("fusion_depth")
         return cls(IvtConfig(**{**config, "image_size": tuple(config["image_size"])}), fusion_depth=depth)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> ModelOutput:
+    def forward(self, batch: Mapping[str, Tensor]) -> ModelOutput:  # type: ignore[override]  # nothing is dropped
         """The pre-training losses of a batch of pairs.
 
         Args:
@@ -191,7 +193,7 @@ class IvtPretrainer(IvtRetriever):
             "itm": F.cross_entropy(itm_logits.float(), matched),
             "mlm": masked_token_loss(word_logits, words) / max(len(words), 1),
         }
-        stats = {
+        stats: dict[str, float | Tensor] = {
             "itm_accuracy": (itm_logits.detach().argmax(1) == matched).float().mean(),
             "temperature": self.temp.detach().clone(),
         }

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.files import whole_file
+from fmfa.models.outputs import Retriever
 from fmfa.pretraining.pairs import PretrainingPairs, collate_pairs
 from fmfa.progress import progress_bar
 
@@ -21,7 +22,7 @@ POINTS = 40  # of the curve; the resume file is written at each
 
 
 def pretrain_model(
-    model: nn.Module,
+    model: Retriever,
     training: Callable[..., PretrainingPairs],
     held_out: Mapping[str, Tensor],
     settings: Mapping,
@@ -46,7 +47,8 @@ def pretrain_model(
         TrainingError: a loss is not finite.
     """
     started, batch_size = time.time(), settings["batch_size"]
-    steps, step, curve, spent = settings["pairs"] // batch_size, 0, [], 0.0
+    steps, step, spent = settings["pairs"] // batch_size, 0, 0.0
+    curve: list[dict] = []
     optimizer = _optimizer(model, settings["learning_rate"], settings["weight_decay"])
     if resume.exists():
         step, curve, spent = _go_on(resume, settings, model, optimizer)
@@ -79,7 +81,7 @@ def pretrain_model(
                 seconds = round(spent + time.time() - started, 1)
                 curve.append({"pairs": step * batch_size, "losses": losses, "stats": stats,
                               "held_out_R@1": held_out_recall(model, held_out), "seconds": seconds})  # fmt: skip
-                bar.set_postfix(**losses, held_out=curve[-1]["held_out_R@1"])
+                bar.set_postfix(losses | {"held_out": curve[-1]["held_out_R@1"]})
                 state = {"settings": dict(settings), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 _write(state | {"step": step, "curve": curve, "seconds": seconds}, resume)
                 print(json.dumps(curve[-1]), flush=True)
@@ -95,8 +97,8 @@ def train_step(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One update; everything random in it derives from `seed` alone. Returns losses and statistics."""
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    if hasattr(model, "reseed"):
-        model.reseed(number)
+    if reseed := getattr(model, "reseed", None):
+        reseed(number)
     with torch.random.fork_rng():  # dropout and drop path draw from the default generators
         torch.manual_seed(number)
         with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -109,7 +111,7 @@ def train_step(
 
 
 @torch.no_grad()
-def held_out_recall(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+def held_out_recall(model: Retriever, batch: Mapping[str, Tensor]) -> float:
     """R@1 of text to image among the pairs of a batch, in eval mode."""
     model.eval()
     image = nn.functional.normalize(model.encode_image(batch["images"]).embedding, dim=-1)

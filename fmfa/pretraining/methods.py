@@ -20,6 +20,7 @@ from fmfa.errors import ConfigError
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig
 from fmfa.models.objectives import Objectives
+from fmfa.models.outputs import Retriever
 from fmfa.pretraining.ivt_heads import IvtPretrainer
 from fmfa.pretraining.span_masking import CONTEXT, SpanMasking, prepare_caption
 from fmfa.text.bytepair import CLIP_VOCABULARY, SMALL_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
@@ -49,7 +50,7 @@ class Method:
         name: in words.
     """
 
-    model: nn.Module
+    model: Retriever
     captions: Captions
     plain: nn.Module
     augmented: ImageTransform

@@ -44,7 +44,7 @@ class PretrainingPairs(Dataset):
 
     def __init__(
         self,
-        source: Dataset,
+        source: "Subset | WebStream",
         captions: Captions,
         finish: nn.Module,
         *,
@@ -119,6 +119,8 @@ def pairs_to_see(
     """
     if bool(pair_list) != bool(images):
         raise ConfigError("a list of pairs and the folder of its pictures (--list, --images) go together; give both")
+    source: Subset | WebStream
+    unseen: Subset | WebStream
     if pair_list:
         found = ImageCaptionList(pair_list, images, method.augmented)
         if len(found) < 4:
@@ -173,13 +175,13 @@ class ImageCaptionList(Dataset):
     def _read(self, file: Path) -> None:
         records, _ = read_records(file)
         for number, record in enumerate(records):
-            pair = record.get("image"), record.get("caption")
-            if not all(isinstance(text, str) for text in pair):
+            image, caption = record.get("image"), record.get("caption")
+            if not isinstance(image, str) or not isinstance(caption, str):
                 raise AnnotationError(
                     f"{file}: record {number}: found {', '.join(record)}; expected the texts 'image' and 'caption'"
                 )
-            if prepare_caption(pair[1]):
-                self._pairs.append(pair)
+            if prepare_caption(caption):
+                self._pairs.append((image, caption))
             else:
                 self.skipped += 1
 

@@ -50,13 +50,15 @@ def _present(person: Person, part: str) -> bool:
     return person.top != "dress" if part == "top" else getattr(person, part) != "none"
 
 
-def _photograph(person: Person, kind: str, part: str, size, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+def _photograph(
+    person: Person, kind: str, part: str, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, bool]:
     light = rng.random(6).tolist()
     if kind == "snap":  # everywhere is another place
-        wall, ground = ((int(60 + 170 * v) for v in rng.random(3)) for _ in range(2))
+        (r, g, b), (s, h, c) = ([int(60 + 170 * v) for v in rng.random(3)] for _ in range(2))
         camera = replace(
             _SNAP, pitch=18 * light[0], blur=0.7 * light[1], noise=1 + 7 * light[2], gain=0.85 + 0.3 * light[3],
-            resolution=0.7 + 0.4 * light[4], wall=tuple(wall), ground=tuple(ground), horizon=0.2 + 0.5 * light[5],
+            resolution=0.7 + 0.4 * light[4], wall=(r, g, b), ground=(s, h, c), horizon=0.2 + 0.5 * light[5],
         )  # fmt: skip
     else:
         camera = _STUDIO

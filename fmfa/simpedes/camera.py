@@ -70,7 +70,7 @@ class Rendering:
     occluder: str  # "none", "pole", "bench" or "bush"
 
 
-def render(person: Person, camera: Camera, seed, size: tuple[int, int] = BASE_SIZE) -> Rendering:
+def render(person: Person, camera: Camera, seed: list[int], size: tuple[int, int] = BASE_SIZE) -> Rendering:
     """Photograph a person.
 
     `seed` is anything `numpy.random.default_rng` takes; it fixes view, pose, background, light and noise. `size` is
@@ -111,7 +111,9 @@ def draw_view(camera: Camera, rng: np.random.Generator) -> View:
     )
 
 
-def _draw(person: Person, view: View, size, occluder: str, place: np.ndarray) -> tuple[Canvas, np.ndarray]:
+def _draw(
+    person: Person, view: View, size: tuple[int, int], occluder: str, place: np.ndarray
+) -> tuple[Canvas, np.ndarray]:
     canvas = draw_figure(person, view, size, _SUPERSAMPLING.get(size[0], 2 if size[0] < 256 else 1))
     if occluder != "none":
         _add_occluder(canvas, occluder, place)
@@ -189,8 +191,8 @@ def composite(canvas: Canvas, indices: np.ndarray, background: np.ndarray) -> np
     figure = Image.frombuffer("RGBX", (columns, rows), painted.tobytes(), "raw", "RGBX", 0, 1)
     if canvas.supersampling > 1:
         figure = figure.reduce(canvas.supersampling)
-    figure = np.asarray(figure).astype(np.uint16)
-    return (figure[..., :3] + background * (255 - figure[..., 3:]) // 255).astype(np.uint8)
+    pixels = np.asarray(figure).astype(np.uint16)
+    return (pixels[..., :3] + background * (255 - pixels[..., 3:]) // 255).astype(np.uint8)
 
 
 def degrade(image: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.ndarray:

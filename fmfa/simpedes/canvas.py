@@ -6,6 +6,7 @@ canvas. That is what makes a change of colour leave all other pixels alone, and 
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, radians, sin, sqrt
 
@@ -87,7 +88,15 @@ class Canvas:
         """Add a filled polygon in canvas coordinates."""
         self._polygons.append((depth, len(self._polygons), points, index))
 
-    def limb(self, start, end, radius_start: float, radius_end: float, material: int, depth=None) -> None:
+    def limb(
+        self,
+        start: Sequence[float],
+        end: Sequence[float],
+        radius_start: float,
+        radius_end: float,
+        material: int,
+        depth: float | None = None,
+    ) -> None:
         """Add a tapered, shaded capsule between two body points."""
         (ax, ay), (bx, by) = self.project(*start), self.project(*end)
         if depth is None:
@@ -113,7 +122,9 @@ class Canvas:
             left = [(x - h * (shrink - move * self.view.light), y) for x, y, h in reversed(levels)]
             self.polygon(right + left, material + shade, depth)
 
-    def patch(self, profile: Profile, top: float, bottom: float, start: float, end: float, index: int, depth: float):
+    def patch(
+        self, profile: Profile, top: float, bottom: float, start: float, end: float, index: int, depth: float
+    ) -> None:
         """Add the visible part of a surface patch of a solid.
 
         It spans heights `top` to `bottom` and angles `start` to `end` in degrees around the solid (0 is the front,
@@ -161,5 +172,6 @@ def _section(profile: Profile, up: float) -> tuple[float, float, float]:
     for (u0, *a), (u1, *b) in itertools.pairwise(profile):
         if u1 <= up <= u0:
             t = (u0 - up) / (u0 - u1)
-            return tuple(p + (q - p) * t for p, q in zip(a, b, strict=True))
-    return tuple(profile[0][1:] if up > profile[0][0] else profile[-1][1:])
+            width, thick, offset = (p + (q - p) * t for p, q in zip(a, b, strict=True))
+            return width, thick, offset
+    return profile[0][1:] if up > profile[0][0] else profile[-1][1:]

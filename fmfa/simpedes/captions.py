@@ -64,7 +64,7 @@ class Caption:
     phrases: tuple[Phrase, ...]
 
 
-def describe(person: Person, picture: Rendering, style: Style, seed) -> Caption:
+def describe(person: Person, picture: Rendering, style: Style, seed: list[int]) -> Caption:
     """Let one annotator describe one picture; `seed` fixes the annotator's choices."""
     annotator = _Annotator(person, picture, style, np.random.default_rng(seed))
     return annotator.write()
@@ -302,7 +302,7 @@ class _Annotator:
 class _Text:
     """Builds a caption piece by piece and remembers where each phrase is."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pieces: list[str] = []
         self._phrases: list[Phrase] = []
         self._begins = True

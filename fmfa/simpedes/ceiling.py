@@ -1,6 +1,6 @@
 """The best that any reader could do: the score of one who knows every attribute that a caption truly tells."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def ceiling(shards: Sequence[Path]) -> dict[str, float]:
             fits[int(copies[fitting].sum()), pictures[record["id"]]] += 1
             identities += int(fitting.sum())
             queries += 1
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     for (size, relevant), count in fits.items():
         for name, value in random_ranking(size, relevant).items():
             totals[name] += float(value) * count / queries

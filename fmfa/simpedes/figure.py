@@ -1,5 +1,6 @@
 """How a person looks: attributes to solids on a canvas."""
 
+from collections.abc import Sequence
 from math import cos, radians, sin
 
 from fmfa.simpedes.canvas import Canvas, Profile, View
@@ -104,12 +105,12 @@ class _Figure:
             hem = (0.56, self.hip * 1.36, self.thick * 1.55, 0.0)
             c.solid([waist, (0.90, self.hip * 1.03, self.thick * 1.1, 0.0), hem], self.lower, -0.2)
 
-    def _strip(self, start, end, half: float) -> list[tuple[float, float]]:
+    def _strip(self, start: Sequence[float], end: Sequence[float], half: float) -> list[tuple[float, float]]:
         (ax, ay), (bx, by) = self.c.project(*start), self.c.project(*end)
         h = half * self.c.unit
         return [(ax - h, ay), (ax + h, ay), (bx + h, by), (bx - h, by)]
 
-    def _shoe(self, ankle, depth: float) -> None:
+    def _shoe(self, ankle: Sequence[float], depth: float) -> None:
         c, p = self.c, self.p
         low = max(0.035, ankle[2] - 0.045)
         heel, toe = (ankle[0], ankle[1] - 0.03, low), (ankle[0] * 1.15, ankle[1] + 0.15, low - 0.005)
@@ -212,7 +213,7 @@ class _Figure:
             if p.held_side == name:
                 self._held(tip, low + 4e-3)
 
-    def _held(self, hand, depth: float) -> None:
+    def _held(self, hand: Sequence[float], depth: float) -> None:
         c, p = self.c, self.p
         thing = c.material(COLOURS[p.held_colour], "held")
         left, forward, up = hand
@@ -242,8 +243,8 @@ class _Figure:
                 corners = [(left + a, forward + b, up + h) for h in (-0.06, 0.13) for a, b in edges]
                 order = (corners[0], corners[1], corners[3], corners[2])
                 c.polygon([c.project(*corner) for corner in order], thing + 1, depth)
-                spine = [(left - 0.07, forward, up + h) for h in (-0.06, 0.13)]
-                c.limb(*spine, 0.014, 0.014, thing, depth + 1e-3)
+                foot, head = ((left - 0.07, forward, up + h) for h in (-0.06, 0.13))
+                c.limb(foot, head, 0.014, 0.014, thing, depth + 1e-3)
             case "suitcase":
                 side = _SIDE[p.held_side]
                 across, behind = side * 0.25, -0.10
@@ -252,7 +253,9 @@ class _Figure:
                 handle = c.material((40, 30, 30), "held")
                 c.limb((across, behind, 0.5), hand, 0.01, 0.01, handle, c.facing(across, behind))
 
-    def _box(self, footprint, top: float, bottom: float, material: int, depth: float) -> None:
+    def _box(
+        self, footprint: Sequence[tuple[float, float]], top: float, bottom: float, material: int, depth: float
+    ) -> None:
         """Add an upright box by the silhouette of its footprint, with a lighter lid and a darker edge."""
         c = self.c
         points = [c.project(a, b, u) for a, b in footprint for u in (top, bottom)]
@@ -306,16 +309,16 @@ def _ball(centre: float, height: float, width: float, thick: float, low: int = -
     return [(centre + height * sin(a), max(width * cos(a), 1e-3), max(thick * cos(a), 1e-3), 0.0) for a in angles]
 
 
-def draw_head(figure) -> None:
+def draw_head(figure: _Figure) -> None:
     """Add skull, face, hair, beard, glasses and headwear of a `figure._Figure`."""
     c, p = figure.c, figure.p
     skull = _ball(1.625, 0.135, 0.102, 0.115)
     style, front = p.hair_style, 0.05
     if style in ("long", "shoulder"):
         end = 1.22 if style == "long" else 1.42
-        back = [(1.72, 0.06, 0.05, -0.03), (1.66, 0.112, 0.07, -0.035), (1.52, 0.12, 0.06, -0.055),
-                (end, 0.115 if style == "long" else 0.105, 0.045, -0.085)]  # fmt: skip
-        c.solid(back, figure.hair, c.facing(0, -0.17 if c.facing(0, -1) > 0 else -0.05))
+        locks = [(1.72, 0.06, 0.05, -0.03), (1.66, 0.112, 0.07, -0.035), (1.52, 0.12, 0.06, -0.055),
+                 (end, 0.115 if style == "long" else 0.105, 0.045, -0.085)]  # fmt: skip
+        c.solid(locks, figure.hair, c.facing(0, -0.17 if c.facing(0, -1) > 0 else -0.05))
     c.solid(skull, figure.hair, front)
     hairline = 1.675 if style != "bald" else 1.76
     face = 62 if style in ("long", "shoulder") else 74
@@ -341,7 +344,7 @@ def draw_head(figure) -> None:
         _headwear(figure, front + 6e-3)
 
 
-def _glasses(figure, skull: Profile, depth: float) -> None:
+def _glasses(figure: _Figure, skull: Profile, depth: float) -> None:
     c = figure.c
     frame = c.material((24, 24, 26), "glasses")
     lens = frame if figure.p.glasses == "sunglasses" else c.material((205, 222, 235), "glasses")
@@ -351,7 +354,7 @@ def _glasses(figure, skull: Profile, depth: float) -> None:
         c.patch(skull, 1.652, 1.616, side * 27 - 15, side * 27 + 15, lens + 1, depth + 1e-4)
 
 
-def _headwear(figure, depth: float) -> None:
+def _headwear(figure: _Figure, depth: float) -> None:
     c, p = figure.c, figure.p
     cloth = c.material(COLOURS[p.headwear_colour], "headwear")
     match p.headwear:
@@ -377,7 +380,7 @@ def _headwear(figure, depth: float) -> None:
             c.solid(brim, cloth, depth + 1e-4)
 
 
-def draw_scarf(figure) -> None:
+def draw_scarf(figure: _Figure) -> None:
     """Add a scarf of a `figure._Figure`, if there is one."""
     c, p = figure.c, figure.p
     if p.scarf_colour == "none":

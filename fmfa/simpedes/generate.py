@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -63,7 +64,7 @@ class Recipe:
     width: int = BASE_SIZE[1]
     version: int = VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check the ranges; raises ConfigError."""
         if self.domain not in DOMAINS:
             raise ConfigError(f"SimPEDES has no domain {self.domain!r}; expected one of {', '.join(DOMAINS)}.")
@@ -75,7 +76,7 @@ class Recipe:
             raise ConfigError(f"seed is {self.seed}; expected 0 or more.")
 
 
-def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **changes) -> Recipe:
+def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **changes: Any) -> Recipe:
     """Return the recipe of a named scale: tiny, small, standard or large. Raises ConfigError for another name."""
     if scale not in SCALES:
         raise ConfigError(f"SimPEDES has no scale {scale!r}; expected one of {', '.join(SCALES)}.")

@@ -1,5 +1,6 @@
 """Who is in SimPEDES: attribute vectors, their frequencies, and families of look-alikes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -78,20 +79,27 @@ FAMILY_CHANGES = {
     "scarf_colour": 1, "top_colour": 2, "top_pattern": 1.5, "top": 1, "outer": 1, "outer_colour": 2,
     "lower": 1, "lower_colour": 2, "shoes": 0.7, "shoes_colour": 2.5, "bag": 2, "bag_colour": 2, "held": 1.5,
 }  # fmt: skip
-_GARMENT = {
+_Weights = dict[str, float]
+_GARMENT: _Weights = {
     "black": 5, "white": 3.5, "grey": 3, "blue": 2.5, "navy": 2, "red": 2.2, "light blue": 1.2, "green": 1.2,
     "dark green": 0.8, "yellow": 1, "orange": 0.8, "pink": 1.2, "purple": 0.9, "brown": 1, "beige": 1.2,
 }  # fmt: skip
-_JEANS = {"blue": 4, "navy": 3, "light blue": 1.5, "black": 1, "grey": 0.8}
-_TROUSERS = {"black": 5, "grey": 2.5, "beige": 1.6, "brown": 1.3, "dark green": 0.8, "white": 0.8, "red": 0.3}
-_SHOES = {"black": 4, "white": 4, "grey": 1.8, "brown": 1, "red": 1.2, "blue": 1, "green": 0.4, "pink": 0.6,
-          "yellow": 0.5, "orange": 0.4}  # fmt: skip
-_LEATHER = {"black": 5, "brown": 3, "beige": 0.7, "grey": 0.6, "red": 0.3}
-_BAG = {"black": 5, "brown": 1.6, "red": 1.4, "blue": 1.5, "navy": 0.8, "grey": 1.4, "green": 0.8, "white": 0.8,
-        "pink": 0.8, "yellow": 0.7, "orange": 0.6, "purple": 0.6, "beige": 0.8}  # fmt: skip
-_ACCESSORY = {"black": 3, "white": 1.5, "grey": 1.2, "red": 1.6, "blue": 1.4, "navy": 0.8, "green": 0.8,
-              "yellow": 0.8, "pink": 0.7, "orange": 0.5, "beige": 0.8, "purple": 0.5, "brown": 0.5}  # fmt: skip
-_HELD_COLOURS = {
+_JEANS: _Weights = {"blue": 4, "navy": 3, "light blue": 1.5, "black": 1, "grey": 0.8}
+_TROUSERS: _Weights = {"black": 5, "grey": 2.5, "beige": 1.6, "brown": 1.3, "dark green": 0.8, "white": 0.8, "red": 0.3}
+_SHOES: _Weights = {
+    "black": 4, "white": 4, "grey": 1.8, "brown": 1, "red": 1.2, "blue": 1, "green": 0.4, "pink": 0.6, "yellow": 0.5,
+    "orange": 0.4,
+}  # fmt: skip
+_LEATHER: _Weights = {"black": 5, "brown": 3, "beige": 0.7, "grey": 0.6, "red": 0.3}
+_BAG: _Weights = {
+    "black": 5, "brown": 1.6, "red": 1.4, "blue": 1.5, "navy": 0.8, "grey": 1.4, "green": 0.8, "white": 0.8,
+    "pink": 0.8, "yellow": 0.7, "orange": 0.6, "purple": 0.6, "beige": 0.8,
+}  # fmt: skip
+_ACCESSORY: _Weights = {
+    "black": 3, "white": 1.5, "grey": 1.2, "red": 1.6, "blue": 1.4, "navy": 0.8, "green": 0.8, "yellow": 0.8,
+    "pink": 0.7, "orange": 0.5, "beige": 0.8, "purple": 0.5, "brown": 0.5,
+}  # fmt: skip
+_HELD_COLOURS: dict[str, _Weights] = {
     "phone": {"black": 3, "white": 1},
     "cup": {"white": 3, "red": 1, "green": 1, "brown": 1},
     "book": {"blue": 1.5, "red": 1.5, "white": 1, "yellow": 1, "green": 1},
@@ -99,7 +107,7 @@ _HELD_COLOURS = {
 }
 
 
-def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def pick(rng: np.random.Generator, weights: _Weights) -> str:
     """Draw one key with probability proportional to its weight."""
     threshold = rng.random() * sum(weights.values())
     for value, weight in weights.items():
@@ -109,7 +117,7 @@ def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
     return value
 
 
-_PATTERNS = {
+_PATTERNS: dict[str, _Weights] = {
     "t-shirt": {"plain": 5, "striped": 1.6, "logo": 1.8},
     "shirt": {"plain": 5, "checked": 2, "striped": 0.8},
     "sweater": {"plain": 5, "striped": 1.5},
@@ -118,10 +126,10 @@ _PATTERNS = {
     "tank top": {"plain": 1},
 }
 _DARK = ("black", "navy", "dark green", "brown", "purple", "blue", "red", "green")
-_NONE = {"none": 1}
+_NONE: _Weights = {"none": 1}
 
 
-def options(name: str, person: dict[str, str], season: str) -> dict[str, float]:
+def options(name: str, person: dict[str, str], season: str) -> _Weights:
     """Return the values an attribute may take, with weights, given the attributes before it ("warm" or "cold")."""
     man, cold = person.get("gender") == "man", season == "cold"
     match name:
@@ -185,7 +193,7 @@ def options(name: str, person: dict[str, str], season: str) -> dict[str, float]:
         case "held":
             return {"none": 6, "phone": 1.5, "cup": 1.2, "book": 1, "suitcase": 0.8}
         case "held_side" if person["held"] != "none":
-            free = {"left": 1, "right": 1}
+            free: _Weights = {"left": 1, "right": 1}
             if person["bag"] == "handbag":  # the handbag keeps its hand
                 del free[person["bag_side"]]
             return free
@@ -236,7 +244,7 @@ def change(person: Person, name: str, rng: np.random.Generator, season: str = "w
     return Person(**values)
 
 
-def changeable(person: Person) -> dict[str, float]:
+def changeable(person: Person) -> _Weights:
     """Return the attributes in which a look-alike of this person may differ, with weights."""
     return {
         name: weight
@@ -274,7 +282,9 @@ def draw_family(rng: np.random.Generator, size: int, season: str = "warm") -> li
     return family
 
 
-def population(seed: list[int], count: int, family_size: int, season: str, first: int = 0):
+def population(
+    seed: list[int], count: int, family_size: int, season: str, first: int = 0
+) -> Iterator[tuple[int, int, Person]]:
     """Yield (identity index, family index, Person) for `count` identities from index `first` on.
 
     Family f is a pure function of (seed, f), so any slice can be made alone and in constant memory. `first` must be a

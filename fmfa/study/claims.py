@@ -238,10 +238,10 @@ def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
         zero out just where `p (Holm)` is at most 0.05.
     """
     table = pd.DataFrame(np.nan, index=range(len(family)), columns=["p (Holm)", "low (Holm)", "high (Holm)"])
-    known = [place for place, one in enumerate(family) if one and not np.isnan(one.p_value)]
-    p_values = [family[place].p_value for place in known]
-    for place, p, level in zip(known, holm(p_values), holm_levels(p_values), strict=True):
-        interval = family[place].interval(level)
+    known = [(place, one) for place, one in enumerate(family) if one and not np.isnan(one.p_value)]
+    p_values = [one.p_value for _, one in known]
+    for (place, one), p, level in zip(known, holm(p_values), holm_levels(p_values), strict=True):
+        interval = one.interval(level)
         table.loc[place] = p, 100 * interval.low, 100 * interval.high
     return table
 

@@ -1,6 +1,7 @@
 """Curves and grids of study.yml: R@1 over one setting, and what became of every pair of two."""
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,8 @@ def own_value(config: dict, value: float) -> float:
     """The value that a point's system has by itself of what the point sets to `value`; NaN where that is not known."""
     try:
         point = TrainConfig.from_dict(config)
-        own = TrainConfig(method=point.method, preset=point.preset, dataset=point.dataset).resolved().to_dict()
+        start = TrainConfig(method=point.method, preset=point.preset, dataset=point.dataset)
+        own: dict[str, Any] = start.resolved().to_dict()
         if point.method != "ivt":
             own |= asdict(objectives(point.method, point.preset, point.dataset))
         given = point.to_dict() | point.objective_overrides()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fmfa.errors import ConfigError, nearest, told
 from fmfa.files import PROJECT, read_json
@@ -325,9 +325,18 @@ _Name = Annotated[str, Field(pattern=_NAME, max_length=100)]
 _Words = Annotated[list[_Name], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
 _Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
 _Count = Annotated[int, Field(ge=1, le=1000)]
-_KINDS = ("clip", "irra", "fmfa", "ivt", "evaluate", "data", "comparison", "pictures")
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Costs = create_model("_Costs", **dict.fromkeys(_KINDS, _Seconds))
+
+
+class _Costs(BaseModel):
+    clip: _Seconds
+    irra: _Seconds
+    fmfa: _Seconds
+    ivt: _Seconds
+    evaluate: _Seconds
+    data: _Seconds
+    comparison: _Seconds
+    pictures: _Seconds
 
 
 class _Row(BaseModel, extra="allow"):
@@ -338,7 +347,7 @@ class _Row(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _check(self) -> "_Row":
-        _parameters(self.__pydantic_extra__)
+        _parameters(self.__pydantic_extra__ or {})
         return self
 
 

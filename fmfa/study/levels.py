@@ -87,7 +87,7 @@ def _cell(value: Any, digits: int, decimals: int = 0) -> str:
         return ""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if not isinstance(value, int | float | np.number) or abs(value) == np.inf:
+    if not pd.api.types.is_number(value) or abs(value) == np.inf:
         return str(value)
     if decimals and (value == 0 or round(value, decimals)):
         return f"{value + 0:,.{decimals}f}"
@@ -127,7 +127,7 @@ def seeds_table(results: Results, split: str = "test", seed: int = 0) -> pd.Data
             row[metric] = shown((100 * mean.estimate, 100 * mean.low, 100 * mean.high))
         table.append(row)
     for name, levels in references(results, split).items():
-        table.append({"row": name} | {metric: shown(level) for metric, level in levels.items()})
+        table.append({"row": name, **{metric: shown(level) for metric, level in levels.items()}})
     return pd.DataFrame(table, dtype=object).fillna("")
 
 

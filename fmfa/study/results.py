@@ -349,7 +349,8 @@ def start_names(runs: pd.DataFrame) -> dict[str, str]:
     They are "zero-shot" for the two-stream systems and "zero-shot IVT" for IVT; weights other than the first ones
     of either have their file's name behind: "zero-shot IVT (tiny_ivt_equal)".
     """
-    names, first = {}, {}
+    names: dict[str, str] = {}
+    first: dict[str, str] = {}
     for run, config in zip(runs["run"], runs["config"], strict=True):
         weights = config.get("weights", "")
         if weights != "none":

@@ -80,7 +80,8 @@ def epochs_table(results: Results, split: str = "test", seed: int = 0, halves: i
         `best epoch of the best run`: the largest of all, what one published number would be.
         Empty where no run kept its epochs.
     """
-    generator, found = np.random.default_rng(seed), {}
+    generator = np.random.default_rng(seed)
+    found: dict[str, list] = {}
     table = results.own("epochs", split)
     for run in results.compared().itertuples():
         part = table[table["run"] == run.run]

@@ -14,8 +14,8 @@ import ftfy
 import regex
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Encoding, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
 from fmfa.errors import ConfigError
@@ -114,15 +114,16 @@ class BytePairTokenizer:
         encoding, word_starts = self._encode(text)
         spans: list[Span | None] = [None]
         for word, (start, end) in list(zip(encoding.word_ids, encoding.offsets))[: self.context_length - 2]:
-            start, end = start + word_starts[word], end + word_starts[word]
+            begin = word_starts[word or 0]  # a token of given words always has one
+            start, end = start + begin, end + begin
             spans.append((origin[start][0], origin[end - 1][1]))
         return [*spans, None]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The text of each token; a byte that is no character by itself becomes U+FFFD."""
-        return [self._text(self._backend.id_to_token(int(i))) for i in ids]
+        return [self._text(self._backend.id_to_token(int(i)) or "") for i in ids]
 
-    def _encode(self, text: str):
+    def _encode(self, text: str) -> tuple[Encoding, list[int]]:
         words = list(_WORDS.finditer(text))
         encoding = self._backend.encode([word.group() for word in words], is_pretokenized=True)
         return encoding, [word.start() for word in words]
@@ -270,7 +271,8 @@ def _chunk_alignment(old: str, new: str, window: int) -> list[Span]:
             spans += [(start + i, start + i + 1) for i in range(len(after))]
             start += len(after)
             continue
-        blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+        blocks: list[tuple[int, int, int]]
+        blocks = [*SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()]
         if share < 1:  # what matches in the first half is certain; the next window sees more of the second
             half = len(after) // 2 + 1
             blocks = [(i, j, min(size, half - j)) for i, j, size in blocks if j < half] or blocks

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pieces
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from fmfa.errors import ConfigError
@@ -69,13 +69,13 @@ class WordPieceTokenizer:
     def vocabulary_file(self) -> str:
         """The content of a `vocab.txt` of this vocabulary, which `wordpiece_tokenizer` reads."""
         pieces = self.vocabulary
-        return "\n".join(sorted(pieces, key=pieces.get)) + "\n"
+        return "\n".join(sorted(pieces, key=pieces.__getitem__)) + "\n"
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The token strings of a row of ids, special tokens and padding included."""
-        return [self._pieces.id_to_token(int(i)) for i in ids]
+        return [self._pieces.id_to_token(int(i)) or "" for i in ids]
 
-    def _ids(self, encoding) -> list[int]:
+    def _ids(self, encoding: Encoding) -> list[int]:
         return [self.start_id, *encoding.ids[: self.context_length - 1]]
 
 

@@ -52,31 +52,29 @@ class TableBatches:
         if config.pairs == "shuffled":
             self.table = shuffle_pairs(self.table, config.seed)
         levels = level_reader(config)
-        if config.text_levels == "spans" and levels.spans not in self.table:
+        if levels and config.text_levels == "spans" and levels.spans not in self.table:
             raise ConfigError(
                 f"text_levels 'spans' needs the column {levels.spans!r} with the true phrases, which "
                 f"{dataset.name} lacks: open SimPEDES with open_dataset(..., spans=True), or take 'released'"
             )
-        self.loader: DataLoader = make_loader(
-            PairDataset(
-                self.table,
-                dataset.images,
-                tokenizer,
-                training_transform(config),
-                seed=config.seed,
-                flip="off" if config.augmentation == "none" else config.flip,
-                mask_probability=config.mask_rate if masked else 0.0,
-                levels=levels,
-                parts=PartMaps(self.table, dataset.images, tokenizer) if parts else None,
-            ),
-            _sampler(config, self.table["label"].to_numpy(), rank, processes),
-            workers=config.workers,
+        self.batches = _sampler(config, self.table["label"].to_numpy(), rank, processes)
+        self.pairs = PairDataset(
+            self.table,
+            dataset.images,
+            tokenizer,
+            training_transform(config),
+            seed=config.seed,
+            flip="off" if config.augmentation == "none" else config.flip,
+            mask_probability=config.mask_rate if masked else 0.0,
+            levels=levels,
+            parts=PartMaps(self.table, dataset.images, tokenizer) if parts else None,
         )
+        self.loader: DataLoader = make_loader(self.pairs, self.batches, workers=config.workers)
 
     def count(self, epoch: int) -> int:
         """Batches of an epoch."""
         start_epoch(self.loader, epoch)
-        return len(self.loader.batch_sampler)
+        return len(self.batches)
 
     def read(self, epoch: int, start: int) -> Iterable[dict[str, Tensor]]:
         """This rank's part of the epoch's batches from number `start` on."""
@@ -123,5 +121,5 @@ def describe_levels(config: TrainConfig, table: pd.DataFrame) -> str:
 def _sampler(config: TrainConfig, labels: np.ndarray, rank: int, processes: int) -> EpochBatches:
     place = {"seed": config.seed, "rank": rank, "world_size": processes}
     if config.instances:
-        return IdentityBatches(labels, config.batch_size // config.instances, config.instances, **place)
+        return IdentityBatches(labels.tolist(), config.batch_size // config.instances, config.instances, **place)
     return RandomBatches(len(labels), config.batch_size, **place)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,12 @@ def write_checkpoint(
     unfinished = home / f".{target.name}.{os.getpid()}"
     try:
         unfinished.mkdir(parents=True)
-        shape = getattr(model, "config", None)
-        shape = asdict(shape) if is_dataclass(shape) else shape
-        record = {"class": type(model).__name__, "model": shape, "epoch": progress.epoch, "step": progress.step}
+        record = {
+            "class": type(model).__name__,
+            "model": getattr(model, "config", None),
+            "epoch": progress.epoch,
+            "step": progress.step,
+        }
         save_checkpoint(unfinished / WEIGHTS, model, record)
         if optimizer is not None:
             torch.save(dict(optimizer), unfinished / OPTIMIZER)
@@ -231,7 +234,7 @@ def _complete(folder: str | Path, kind: str = "") -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[2])
+    return int(path.name.rpartition("-")[2])
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -21,7 +21,7 @@ Open = Annotated[int, Field(ge=-1, le=_LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-def _setting(default: Any, help_text: str, **limits: float) -> Any:
+def _setting(default: Any, help_text: str, **limits: Any) -> Any:
     return Field(default, description=help_text, **limits)
 
 
@@ -108,7 +108,7 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown key (the nearest known one is named), or a bad value.
         """
-        known = cls.__pydantic_fields__
+        known = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in known]:
             raise ConfigError(
                 f"unknown parameter {unknown[0]!r}; {nearest(unknown[0], known)}known are {', '.join(known)}"
@@ -130,11 +130,11 @@ class TrainConfig:
         dataset = self.dataset
         if dataset in ("", SIMPEDES):
             dataset = which_dataset(dataset, self.root)
+        default = TrainConfig()
         open_values = {
             name: value
             for name, value in preset_values(self.method, self.preset, dataset, self.recipe).items()
-            if getattr(self, name) in (0, -1, "")
-            and getattr(self, name) == TrainConfig.__pydantic_fields__[name].default
+            if getattr(self, name) in (0, -1, "") and getattr(self, name) == getattr(default, name)
         }
         config = replace(self, dataset=dataset, **open_values)
         if config.instances and config.batch_size % config.instances:
@@ -169,7 +169,7 @@ class TrainConfig:
         return overrides
 
 
-def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> dict[str, str | int | float]:
+def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> dict[str, Any]:
     """What the papers and the released code set, by method and data set; SimPEDES has the project's own.
 
     FMFA: ACM TOMM 22(5), 2026. IRRA and the CLIP baseline share its recipe under `paper`, so that rows differ by their
@@ -194,7 +194,13 @@ def preset_values(method: str, preset: str, dataset: str, recipe: str = "") -> d
     ivt, rstp = method == "ivt", dataset == "RSTPReid"
     simpedes = dataset.startswith(SIMPEDES)
     recipe = recipe or ("ivt" if ivt and not simpedes else "fmfa")
-    values = {"recipe": recipe, "image_height": 384, "image_width": 128, "warmup_epochs": 5, "eps": 1e-8}
+    values: dict[str, Any] = {
+        "recipe": recipe,
+        "image_height": 384,
+        "image_width": 128,
+        "warmup_epochs": 5,
+        "eps": 1e-8,
+    }
     released = preset == "released"
     if recipe == "ivt":
         values |= _ivt_recipe(rstp, from_1=released and dataset == "CUHK-PEDES")

@@ -17,6 +17,7 @@ from fmfa.devices import choose_device, repeatable
 from fmfa.errors import ConfigError, TrainingError
 from fmfa.files import held_folder, read_json, said_plainly, whole_file, write_json
 from fmfa.models.distributed import world_size
+from fmfa.models.outputs import Retriever
 from fmfa.records import device_name, read_record, run_record
 from fmfa.text.bytepair import Tokenizer
 from fmfa.training.batches import TableBatches
@@ -37,11 +38,11 @@ COMMANDS = (
 
 def fit(
     config: TrainConfig,
-    model: nn.Module,
+    model: Retriever,
     batches: Callable[[int, int], Batches],
     folder: str | Path,
     *,
-    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    validate: Callable[[Retriever], Mapping[str, float]] | None = None,
     data: str = "",
     texts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -113,12 +114,12 @@ def fit(
 
 def train(
     config: TrainConfig,
-    model: nn.Module,
+    model: Retriever,
     dataset: Dataset,
     tokenizer: Tokenizer,
     folder: str | Path,
     *,
-    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    validate: Callable[[Retriever], Mapping[str, float]] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Train a model on the training split of a data set, after a look at the data; see `fit`.

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmfa.errors import FmfaError, TrainingError
 from fmfa.files import said_plainly
 from fmfa.models.distributed import largest, total, world_size
-from fmfa.models.outputs import ModelOutput
+from fmfa.models.outputs import ModelOutput, Retriever
 from fmfa.progress import progress_bar
 from fmfa.records import MetricsLog
 from fmfa.training.checkpoints import (
@@ -60,10 +60,10 @@ class TrainingLoop:
     def __init__(
         self,
         config: TrainConfig,
-        model: nn.Module,
+        model: Retriever,
         batches: Batches,
         folder: Path,
-        validate: Callable[[nn.Module], Mapping[str, float]] | None,
+        validate: Callable[[Retriever], Mapping[str, float]] | None,
         accelerator: Accelerator,
     ) -> None:
         """Load the last complete checkpoint of `folder`, if there is one; `config` is resolved.
@@ -179,8 +179,8 @@ class TrainingLoop:
     def _step(self, group: tuple[dict[str, Tensor], ...]) -> dict[str, float]:
         config, accelerator, step = self.config, self.accelerator, self.progress.step
         seeds = np.random.SeedSequence((config.seed, step))
-        if hasattr(self.model, "reseed"):
-            self.model.reseed(int(seeds.generate_state(1)[0]))
+        if reseed := getattr(self.model, "reseed", None):
+            reseed(int(seeds.generate_state(1)[0]))
         ranks = np.random.SeedSequence((config.seed, step, 1 + accelerator.process_index))
         torch.manual_seed(int(ranks.generate_state(1)[0]))
         every = config.log_gradients_every
@@ -204,7 +204,7 @@ class TrainingLoop:
 
     def _values(self, output: ModelOutput, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Losses and stats as numbers, averaged over ranks, so that all ranks see what one rank's NaN is."""
-        parts = {f"loss/{name}": value for name, value in output.losses.items()}
+        parts: dict[str, float | Tensor] = {f"loss/{name}": value for name, value in output.losses.items()}
         parts |= {"loss/total": sum(output.losses.values()), **output.stats}
         device = self.accelerator.device
         numbers = [torch.as_tensor(value, device=device).detach().double() for value in parts.values()]
@@ -213,14 +213,14 @@ class TrainingLoop:
         broken = [name for name, value in named.items() if not math.isfinite(value)]
         if broken:
             what = "the loss" if "loss/total" in broken else f"the statistic {broken[0]}"
-            parts = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
-            self._stop(f"{what} is not finite ({parts})", [batch])
+            losses = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
+            self._stop(f"{what} is not finite ({losses})", [batch])
         return named
 
     def _clip(self, sums: Mapping[str, float], group: Iterable[Mapping[str, Tensor]]) -> float:
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         value = float(norm)
         if not math.isfinite(value):
             scaler = self.accelerator.scaler
@@ -248,6 +248,7 @@ class TrainingLoop:
         return self.optimizer.param_groups[0]["lr"]
 
     def _validate(self) -> dict[str, float]:
+        assert self.validate is not None
         self.prepared.eval()
         progress, reason = self.progress, ""
         try:

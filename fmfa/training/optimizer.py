@@ -62,6 +62,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         TrainingError: nothing in the model can be trained.
     """
     groups = parameter_groups(model, config)
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     else:
