@@ -293,12 +293,12 @@ def test_spans_are_the_truth_of_the_training_captions(root):
     assert "spans" not in open_dataset("SimPEDES-street", root).table
 
 
-def test_spans_need_the_truth(root, tmp_path, backbone):
+def test_spans_need_the_truth(root, backbone):
     data = open_dataset("SimPEDES-street", root)
-    with pytest.raises(ConfigError, match="has no true phrase spans, only SimPEDES has"):
-        with_phrase_spans(replace(data, images=tmp_path / "imgs"))
+    with pytest.raises(AnnotationError, match=r"no ground truth, only SimPEDES has it.*text_levels 'spans'"):
+        with_phrase_spans(replace(data, truth=None))
     changed = data.table.assign(caption=data.table["caption"].where(data.table.index != 3, "Somebody."))
-    with pytest.raises(AnnotationError, match=r"lack 1 captions of train, the first 'Somebody\.'"):
+    with pytest.raises(AnnotationError, match=r"truth of train lacks the caption 'Somebody\.'"):
         with_phrase_spans(replace(data, table=changed))
     config = ivt(root, backbone, text_levels="spans").resolved()
     with pytest.raises(ConfigError, match=r"needs the column 'spans'.*take 'released'"):

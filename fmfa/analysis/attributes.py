@@ -1,7 +1,6 @@
 """Which attribute confuses a model: errors on SimPEDES, compared with what is true and what the captions tell."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,12 +10,11 @@ from torch.nn import functional as F
 from fmfa.errors import AnnotationError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
 from fmfa.metrics import CHUNK_ELEMENTS, chance_metrics, feature_metrics
-from fmfa.simpedes.ceiling import told_truly
 from fmfa.simpedes.people import ATTRIBUTES
-from fmfa.simpedes.truth import read_truth
+from fmfa.simpedes.truth import Truth, told_truly
 
 
-def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) -> pd.DataFrame:
+def errors_by_attribute(evaluation: Evaluation, truth: Truth, split: str) -> pd.DataFrame:
     """Return how often each attribute of the person found first is wrong, over the captions that find a wrong one.
 
     An error is a caption that misses R@1; the person found is the one on its best picture of another identity, so
@@ -24,7 +22,7 @@ def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) ->
 
     Args:
         evaluation: of a SimPEDES split; a part of its captions will do.
-        root: the SimPEDES folder, which holds `truth/`.
+        truth: of that SimPEDES.
         split: name of the split.
 
     Returns:
@@ -37,18 +35,17 @@ def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) ->
         errors, n_wrong, n_told, n_told_and_wrong: the counts behind them.
 
     Raises:
-        AnnotationError: `root` holds no truth of the split, or another truth than that of the evaluation.
+        AnnotationError: there is no truth of the split, or another truth than that of the evaluation.
     """
-    truth = {record["file_path"]: record for record in read_truth(root, split)}
-    people = [truth[image]["attributes"] for image in _checked(evaluation, truth, root, split)]
+    people = _people_shown(evaluation, truth, split)
     queries, found = _errors(evaluation)
     wanted = evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])[queries]
-    told = [_told(evaluation, truth, query, root) for query in queries]
+    told = [told_truly(phrases) for phrases in truth.of_captions(split, evaluation.rows.iloc[queries])]
     same_person = Counter(evaluation.gallery["identity"])
     others = np.array([len(people) - same_person[i] for i in evaluation.rows["identity"].iloc[queries]])
     rows = []
     for name in ATTRIBUTES:
-        values = np.array([person[name] for person in people])
+        values = people[name].to_numpy()
         alike = Counter(values.tolist())
         random = np.array([len(people) - alike[value] for value in values[wanted].tolist()])
         ruled_out = [value not in t[name] for t, value in zip(told, values[found].tolist(), strict=True) if name in t]
@@ -72,7 +69,7 @@ def errors_by_attribute(evaluation: Evaluation, root: str | Path, split: str) ->
     return table[["attribute", *shares, *counts, "n_told_and_wrong"]]
 
 
-def family_share(evaluation: Evaluation, root: str | Path, split: str) -> pd.DataFrame:
+def family_share(evaluation: Evaluation, truth: Truth, split: str) -> pd.DataFrame:
     """Return how often the person wanted, and how often one of its family of look-alikes, is found first.
 
     Returns:
@@ -82,8 +79,7 @@ def family_share(evaluation: Evaluation, root: str | Path, split: str) -> pd.Dat
     Raises:
         AnnotationError: see `errors_by_attribute`.
     """
-    truth = {record["file_path"]: record for record in read_truth(root, split)}
-    gallery, _ = pd.factorize(np.array([truth[i]["family"] for i in _checked(evaluation, truth, root, split)]))
+    gallery, _ = pd.factorize(_people_shown(evaluation, truth, split)["family"])
     query = gallery[evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])]
     metrics = feature_metrics(evaluation.text_features, evaluation.image_features, query, gallery)
     person = evaluation.metrics[TEXT_TO_IMAGE].summary["R@1"], evaluation.chance[TEXT_TO_IMAGE]["R@1"]
@@ -92,27 +88,17 @@ def family_share(evaluation: Evaluation, root: str | Path, split: str) -> pd.Dat
     return table.assign(captions=len(query))
 
 
-def _checked(evaluation: Evaluation, truth: dict[str, dict], root: str | Path, split: str) -> pd.Series:
-    """The gallery's images, all of them known to the truth under the same identity."""
-    for image, identity in evaluation.gallery[["image", "identity"]].itertuples(index=False):
-        known = truth.get(image, {"id": "nobody"})["id"]
-        if known != identity:
-            raise AnnotationError(
-                f"picture {image!r} shows identity {identity} in the evaluation and {known} in the ground truth of "
-                f"{root}, split {split!r}; give the folder and the split that were evaluated"
-            )
-    return evaluation.gallery["image"]
-
-
-def _told(evaluation: Evaluation, truth: dict[str, dict], query: int, root: str | Path) -> dict[str, tuple[str, ...]]:
-    image, text = evaluation.rows[["image", "caption"]].iloc[query]
-    for caption in truth[image]["captions"]:
-        if caption["text"] == text:
-            return told_truly(caption)
-    raise AnnotationError(
-        f"the caption {text!r} of {image!r} is not in the ground truth of {root}; "
-        "evaluate the captions of the data set unchanged"
-    )
+def _people_shown(evaluation: Evaluation, truth: Truth, split: str) -> pd.DataFrame:
+    """Family and attributes of the person on each picture of the gallery, as the truth knows them."""
+    gallery = evaluation.gallery
+    known = truth.pictures(split)["identity"].reindex(gallery["image"]).to_numpy()
+    if (wrong := known != gallery["identity"].to_numpy()).any():
+        image, identity = gallery[["image", "identity"]].iloc[int(wrong.argmax())]
+        raise AnnotationError(
+            f"picture {image!r} shows identity {identity} in the evaluation and another or nobody in the ground truth "
+            f"of {truth.root}, split {split!r}; give the truth and the split that were evaluated"
+        )
+    return truth.people(split).loc[known].reset_index(drop=True)
 
 
 def _errors(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,6 @@ from fmfa.data.annotations import Dataset
 from fmfa.errors import AnnotationError, ConfigError
 from fmfa.simpedes.camera import CAMERAS, SEASONS, render
 from fmfa.simpedes.people import ATTRIBUTES, SIDES, Person, change, options
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record, read_truth
 from fmfa.simpedes.words import COLOUR_WORDS, HAIR_WORDS, RARE, TYPE_WORDS, VAGUE, article
 
 PICTURE, CAPTION = "picture", "caption"
@@ -39,9 +39,7 @@ _CAMERAS = {camera.name: camera for cameras in CAMERAS.values() for camera in ca
 class Site:
     """A place in a caption that truly tells an attribute of a part that shows: where a change can be made."""
 
-    record: dict  # truth of the picture, `fmfa.simpedes.truth.read_truth`
-    text: str  # the caption
-    phrase: dict
+    phrase: dict[str, Any]  # a line of `fmfa.simpedes.truth.Truth.phrases`
     attribute: str
 
 
@@ -71,22 +69,22 @@ class Counterfactual:
 
 
 class Changer:
-    """Makes counterfactuals of one SimPEDES folder.
+    """Makes counterfactuals of a split of SimPEDES.
 
     Args:
         dataset: a SimPEDES.
+        split: of the data set.
         rng: chooses the new values.
 
     Raises:
         AnnotationError: `dataset` is no SimPEDES.
     """
 
-    def __init__(self, dataset: Dataset, rng: np.random.Generator):
-        root = dataset.images.parent
-        if not is_simpedes(root):
-            raise AnnotationError(f"{root} is no SimPEDES: only its pictures can be rendered again with a change")
-        recipe = read_dataset_record(root)["recipe"]
+    def __init__(self, dataset: Dataset, split: str, rng: np.random.Generator):
+        truth = dataset.require_truth()
+        recipe = truth.record["recipe"]
         self._images, self._rng = dataset.images, rng
+        self._pictures = truth.pictures(split)[["attributes", "camera", "seed"]].to_dict("index")
         self._size, self._season = (recipe["height"], recipe["width"]), SEASONS[recipe["domain"]]
 
     def picture(self, site: Site) -> Counterfactual | None:
@@ -95,26 +93,29 @@ class Changer:
         Raises:
             AnnotationError: the stored picture is not what the renderer makes of its truth record.
         """
-        stored = np.asarray(Image.open(self._images / site.record["file_path"]))
-        if not np.array_equal(picture_of(site.record, self._size), stored):
+        path, known = self._images / site.phrase["image"], self._pictures[site.phrase["image"]]
+        stored = np.asarray(Image.open(path))
+        person, view = Person(**known["attributes"]), (known["camera"], known["seed"], self._size)
+        if not np.array_equal(picture_of(person, *view), stored):
             raise AnnotationError(
-                f"{self._images / site.record['file_path']} is not what the renderer makes of its truth record, so a "
-                "change cannot be told from the rest; delete the folder and let SimPEDES be written again"
+                f"{path} is not what the renderer makes of its truth record, so a change cannot be told from the rest; "
+                "delete the folder and let SimPEDES be written again"
             )
-        for value, person in self._others(site):
-            changed = picture_of(site.record, self._size, person)
+        for value, other in self._others(site):
+            changed = picture_of(other, *view)
             if is_altered(stored, changed):
                 return Counterfactual(site, value, changed)
         return None
 
     def caption(self, site: Site) -> Counterfactual | None:
         """Change the caption; None where no single word can be replaced."""
-        found = changed_caption(site.text, site.phrase, site.attribute, [value for value, _ in self._others(site)])
+        values = [value for value, _ in self._others(site)]
+        found = changed_caption(site.phrase["caption"], site.phrase, site.attribute, values)
         return Counterfactual(site, *found) if found else None
 
     def _others(self, site: Site) -> list[tuple[str, Person]]:
         """The values that the words rule out, in random order, each with its person."""
-        person = Person(**site.record["attributes"])
+        person = Person(**self._pictures[site.phrase["image"]]["attributes"])
         people = changed_people(person, site.attribute, self._season, self._rng)
         false = [(v, p) for v, p in people.items() if v not in site.phrase["told"][site.attribute]]
         return [false[i] for i in self._rng.permutation(len(false))]
@@ -126,13 +127,11 @@ def read_sites(dataset: Dataset, split: str) -> Iterator[Site]:
     Raises:
         AnnotationError: `dataset` holds no ground truth of the split.
     """
-    for record in read_truth(dataset.images.parent, split):
-        for caption in record["captions"]:
-            for phrase in caption["phrases"]:
-                if visible_enough(record, phrase["part"]):
-                    for attribute in phrase["told"]:
-                        if attribute not in phrase["mistakes"]:
-                            yield Site(record, caption["text"], phrase, attribute)
+    truth = dataset.require_truth()
+    visible = truth.pictures(split)["visible"].to_dict()
+    for phrase in truth.phrases(split).to_dict("records"):
+        if phrase["part"] == WHOLE or visible[phrase["image"]][phrase["part"]] >= VISIBLE:
+            yield from (Site(phrase, name) for name in phrase["told"] if name not in phrase["mistakes"])
 
 
 def draw_counterfactuals(dataset: Dataset, split: str, pairs: int = 300, seed: int = 0) -> list[Counterfactual]:
@@ -153,7 +152,7 @@ def draw_counterfactuals(dataset: Dataset, split: str, pairs: int = 300, seed: i
     found = []
     for number in range(2):
         rng = np.random.default_rng([seed, number])
-        changer = Changer(dataset, rng)
+        changer = Changer(dataset, split, rng)
         make = (changer.picture, changer.caption)[number]
         turns = deque(_made(sites, make, rng) for sites in places.values())
         drawn: list[Counterfactual] = []
@@ -171,7 +170,7 @@ def _made(
 ) -> Iterator[Counterfactual]:
     asked: set[str] = set()
     for i in rng.permutation(len(sites)):
-        picture = sites[i].record["file_path"]
+        picture = sites[i].phrase["image"]
         if picture not in asked and (made := make(sites[i])):
             asked.add(picture)
             yield made
@@ -274,24 +273,19 @@ def _with_pronouns_swapped(text: str) -> str:
     return re.sub(rf"\b(?:{'|'.join(_PRONOUNS)})\b", swap, text, flags=re.IGNORECASE)
 
 
-def visible_enough(record: dict, part: str) -> bool:
-    """Say whether the part that a phrase speaks of covers at least `VISIBLE` of a picture."""
-    return part == WHOLE or record["visible"][part] >= VISIBLE
-
-
-def picture_of(record: dict, size: tuple[int, int], person: Person | None = None) -> np.ndarray:
-    """Render the picture of a truth record again, or another person with the same camera, view, light and noise.
+def picture_of(person: Person, camera: str, seed: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Render a picture by what its truth holds, or another person with the same camera, view, light and noise.
 
     Args:
-        record: of `fmfa.simpedes.truth.read_truth`.
+        person: who is shown.
+        camera: its name.
+        seed: of view, light and noise.
         size: height and width of the data set's pictures.
-        person: who is shown; the record's own person when left out, which gives the stored picture bit by bit.
 
     Returns:
-        uint8 [H, W, 3].
+        uint8 [H, W, 3]; for the person of the truth the stored picture bit by bit.
     """
-    shown = person or Person(**record["attributes"])
-    return render(shown, _CAMERAS[record["camera"]], record["seed"], size).image
+    return render(person, _CAMERAS[camera], seed, size).image
 
 
 def changed_people(person: Person, attribute: str, season: str, rng: np.random.Generator) -> dict[str, Person]:

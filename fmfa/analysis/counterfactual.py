@@ -44,8 +44,8 @@ class Scores:
 
 def score_counterfactuals(system: System, dataset: Dataset, found: Sequence[Counterfactual]) -> Scores:
     """Encode pictures and captions, as they were and changed, in the way an evaluation does."""
-    names = sorted({c.site.record["file_path"] for c in found})
-    texts = sorted({c.site.text for c in found})
+    names = sorted({c.site.phrase["image"] for c in found})
+    texts = sorted({c.site.phrase["caption"] for c in found})
     with tempfile.TemporaryDirectory() as folder:
         paths = [dataset.images / name for name in names]
         for number, made in enumerate(found):
@@ -55,14 +55,14 @@ def score_counterfactuals(system: System, dataset: Dataset, found: Sequence[Coun
         pictures = _unit(encode_images(system.model, paths, system.transform, progress=False))
     changed_texts = [c.changed for c in found if isinstance(c.changed, str)]
     captions = _unit(encode_captions(system.model, texts + changed_texts, system.tokenizer, progress=False))
-    picture = np.array([names.index(c.site.record["file_path"]) for c in found])
-    caption = np.array([texts.index(c.site.text) for c in found])
+    picture = np.array([names.index(c.site.phrase["image"]) for c in found])
+    caption = np.array([texts.index(c.site.phrase["caption"]) for c in found])
     similarity = pictures @ captions.T
     changed = np.array([c.kind == PICTURE for c in found])
     other_picture = np.where(changed, len(names) + np.cumsum(changed) - 1, picture)
     other_caption = np.where(changed, caption, len(texts) + np.cumsum(~changed) - 1)
-    shown = dict(zip(picture, (c.site.record["id"] for c in found), strict=True))
-    meant = dict(zip(caption, (c.site.record["id"] for c in found), strict=True))
+    shown = dict(zip(picture, (c.site.phrase["identity"] for c in found), strict=True))
+    meant = dict(zip(caption, (c.site.phrase["identity"] for c in found), strict=True))
     strangers = np.array([[shown[i] != meant[j] for j in range(len(texts))] for i in range(len(names))])
     unpaired = similarity[: len(names), : len(texts)][strangers]
     return Scores(
@@ -113,7 +113,7 @@ def tabulate(found: Sequence[Counterfactual], scores: Scores, seed: int = 0) -> 
     generator = np.random.default_rng(seed)
     shift = scores.before - scores.after
     right = np.where(shift == 0, 0.5, shift > 0)
-    identity = np.array([c.site.record["id"] for c in found])
+    identity = np.array([c.site.phrase["identity"] for c in found])
     kinds, attributes = (np.array([getattr(c, n) for c in found]) for n in ("kind", "attribute"))
     rows = []
     for kind in (PICTURE, CAPTION):

@@ -11,7 +11,6 @@ from fmfa.errors import ConfigError
 from fmfa.evaluation.statistics import bootstrap_interval
 from fmfa.metrics import random_ranking
 from fmfa.simpedes.canvas import PARTS
-from fmfa.simpedes.truth import read_parts, read_truth
 from fmfa.systems import System
 
 VISIBILITY = ((0.02, "under 2 %"), (0.08, "2 to 8 %"), (1.0, "8 % and more"))  # share of the picture: thirds of street
@@ -106,33 +105,26 @@ def pick_phrases(
 
 
 def _all_phrases(dataset: Dataset, split: str) -> pd.DataFrame:
-    rows = []
-    images = set(dataset.split(split)["image"])
-    for record in read_truth(dataset.images.parent, split):
-        if record["file_path"] not in images:
-            continue
-        for caption in record["captions"]:
-            for phrase in caption["phrases"]:
-                if phrase["part"] in PARTS and not phrase["mistakes"]:
-                    rows.append(
-                        (record["file_path"], record["id"], caption["text"], phrase["text"], phrase["start"],
-                         phrase["end"], phrase["part"], record["visible"][phrase["part"]])
-                    )  # fmt: skip
-    names = ["image", "identity", "caption", "phrase", "start", "end", "part", "visible"]
-    table = pd.DataFrame(rows, columns=names)
-    bins = np.searchsorted([limit for limit, _ in VISIBILITY], table["visible"], side="right")
-    return table.assign(visibility=np.array([name for _, name in VISIBILITY])[bins])
+    images, truth = set(dataset.split(split)["image"]), dataset.require_truth()
+    table = truth.phrases(split).rename(columns={"text": "phrase"})
+    table = table[table["image"].isin(images) & table["part"].isin(PARTS) & (table["mistakes"].str.len() == 0)]
+    shares = truth.pictures(split)["visible"]
+    visible = [shares[image][part] for image, part in zip(table["image"], table["part"], strict=True)]
+    bins = np.searchsorted([limit for limit, _ in VISIBILITY], visible, side="right")
+    names = ["image", "identity", "caption", "phrase", "start", "end", "part"]
+    table = table[names].assign(visible=visible, visibility=np.array([name for _, name in VISIBILITY])[bins])
+    return table.reset_index(drop=True)
 
 
 def part_masks(dataset: Dataset, split: str, phrases: pd.DataFrame) -> np.ndarray:
     """Pixels of each phrase's part, bool [P, H, W]."""
-    maps = read_parts(dataset.images.parent, split)
+    maps = dataset.require_truth().parts(split)
     return np.stack([maps[row.image] == PARTS.index(row.part) for row in phrases.itertuples()])
 
 
 def prior_coverage(dataset: Dataset, grid: PatchGrid) -> dict[str, np.ndarray]:
     """Where each part usually is: mean coverage of the patches over all training pictures, float32 [N] by part."""
-    maps = np.stack(list(read_parts(dataset.images.parent, "train").values()))
+    maps = np.stack(list(dataset.require_truth().parts("train").values()))
     usual = np.stack([(maps == part).mean(axis=0) for part in range(len(PARTS))])
     return dict(zip(PARTS, grid.coverage(usual), strict=True))
 

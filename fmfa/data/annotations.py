@@ -19,7 +19,7 @@ from fmfa.data.images import unsafe_path
 from fmfa.errors import AnnotationError, ConfigError, told
 from fmfa.files import said_plainly
 from fmfa.simpedes.generate import DOMAINS
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record
+from fmfa.simpedes.truth import Truth, is_simpedes, read_dataset_record
 
 VALIDATION_IDENTITIES = 200
 """Training identities held out for validation when a data set has none, as many as RSTPReid validates on."""
@@ -49,12 +49,23 @@ class Dataset:
             from 0), then the file's other fields. When validation identities were held out of train, the
             boolean column `held_out` marks their rows.
         notes: plain sentences on what was decided while reading.
+        truth: of a SimPEDES; None for real data.
     """
 
     name: str
     images: Path
     table: pd.DataFrame
     notes: tuple[str, ...] = ()
+    truth: Truth | None = None
+
+    def require_truth(self) -> Truth:
+        """The ground truth; AnnotationError for a data set that has none."""
+        if self.truth is None:
+            raise AnnotationError(
+                f"{self.name} holds no ground truth, only SimPEDES has it: leave out what needs true phrases and parts "
+                "(text_levels 'spans', the objectives grounding and efa_oracle, counterfactuals)"
+            )
+        return self.truth
 
     def split(self, name: str) -> pd.DataFrame:
         """The rows of one split, renumbered from 0; AnnotationError when the table has no such split."""
@@ -114,7 +125,8 @@ def read_dataset(
     columns = ["image", "identity", "label", "split", "caption", "record"]
     table = table[[*columns, *table.columns.drop(columns)]]
     folder = Path(images).expanduser() if images is not None else file.parent / "imgs"
-    return Dataset(name, folder, table, tuple(notes))
+    truth = Truth(folder.parent) if is_simpedes(folder.parent) else None
+    return Dataset(name, folder, table, tuple(notes), truth)
 
 
 def _picture_path(path: str) -> str:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name, find_annotation, read_dataset
-from fmfa.errors import AnnotationError, ConfigError
+from fmfa.errors import ConfigError
 from fmfa.files import PROJECT
 from fmfa.simpedes.generate import DOMAINS, generate, recipe
-from fmfa.simpedes.truth import is_simpedes, read_truth
 
 DATA = PROJECT / "data"
 
@@ -55,9 +54,9 @@ def open_dataset(
         spans: join the true phrases of the training captions as column `spans`; see `with_phrase_spans`.
 
     Raises:
-        ConfigError: a real or own data set without `root`, an unknown SimPEDES domain or scale, or `spans` of
-            other data than SimPEDES.
-        AnnotationError: the files cannot be read as a data set, or are of another one than `name`.
+        ConfigError: a real or own data set without `root`, or an unknown SimPEDES domain or scale.
+        AnnotationError: the files cannot be read as a data set, or are of another one than `name`; or `spans` of other
+            data than SimPEDES.
     """
     name = which_dataset(name, root)
     if not root and name.startswith(SIMPEDES):
@@ -78,27 +77,11 @@ def with_phrase_spans(dataset: Dataset) -> Dataset:
     The column is None for other captions.
 
     Raises:
-        ConfigError: another data set.
-        AnnotationError: a caption that the truth files do not have.
+        AnnotationError: another data set, or a caption that the truth does not have.
     """
-    root = dataset.images.parent
-    if not is_simpedes(root):
-        raise ConfigError(
-            f"{dataset.name} ({root}) has no true phrase spans, only {SIMPEDES} has: "
-            "take text_levels 'released' or 'off'"
-        )
-    known = {
-        (record["file_path"], caption["text"]): [(phrase["start"], phrase["end"]) for phrase in caption["phrases"]]
-        for record in read_truth(root, "train")
-        for caption in record["captions"]
-    }
     table = dataset.table
-    chosen = table["split"] == "train"
-    keys = list(zip(table["image"], table["caption"]))
-    if lost := [key for key, wanted in zip(keys, chosen) if wanted and key not in known]:
-        raise AnnotationError(
-            f"{root}: the truth files lack {len(lost):,} captions of train, the first {lost[0][1]!r} of "
-            f"{lost[0][0]}; annotations and truth are of different data: make the data set again"
-        )
-    spans = pd.Series([known.get(key) if wanted else None for key, wanted in zip(keys, chosen)], table.index, object)
+    train = table["split"] == "train"
+    captions = dataset.require_truth().of_captions("train", table[train])
+    spans = pd.Series(None, table.index, object)
+    spans[train] = [[(phrase["start"], phrase["end"]) for phrase in phrases] for phrases in captions]
     return replace(dataset, table=table.assign(spans=spans))

@@ -1,7 +1,5 @@
 """The truth that the oracles train on: which part each pixel shows and each token speaks of (SimPEDES only)."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
@@ -9,9 +7,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from fmfa.errors import AnnotationError, ConfigError
 from fmfa.simpedes.canvas import PARTS
-from fmfa.simpedes.truth import is_simpedes, read_parts, read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.text.bytepair import Span, Tokenizer
 from fmfa.text.levels import swap_sides, swapped_span
 
@@ -19,43 +16,24 @@ from fmfa.text.levels import swap_sides, swapped_span
 class PartMaps:
     """Part maps and phrase parts of the rows of a caption table. Parts are positions in `canvas.PARTS`."""
 
-    def __init__(self, table: pd.DataFrame, images: str | Path, tokenizer: Tokenizer) -> None:
-        """Read the truth beside the pictures; the maps stay in memory, a byte per pixel.
+    def __init__(self, table: pd.DataFrame, truth: Truth, tokenizer: Tokenizer) -> None:
+        """Read the truth; the maps stay in memory, a byte per pixel.
 
         Args:
             table: of the split "train", one row per caption; `image` and `caption` are used.
-            images: folder of the pictures.
+            truth: of the data set.
             tokenizer: of the captions.
 
         Raises:
-            ConfigError: the data set is no SimPEDES.
             AnnotationError: a row's picture or caption has no truth.
         """
-        root = Path(images).parent
-        if not is_simpedes(root):
-            raise ConfigError(
-                f"{root} has no part maps: the objectives `grounding` and `efa_oracle` need the truth of a SimPEDES; "
-                "leave them out, or train on SimPEDES-street or SimPEDES-station"
-            )
         self._tokenizer = tokenizer
         self._images, self._captions = table["image"].tolist(), table["caption"].tolist()
-        self._maps = read_parts(root, "train")
-        phrases = {
-            (record["file_path"], caption["text"]): [
-                ((phrase["start"], phrase["end"]), PARTS.index(phrase["part"]))
-                for phrase in caption["phrases"]
-                if phrase["part"] in PARTS  # "person" is the whole picture's subject, no part
-            ]
-            for record in read_truth(root, "train")
-            for caption in record["captions"]
-        }
-        rows = list(zip(self._images, self._captions))
-        if unknown := next((row for row in rows if row not in phrases), None):
-            raise AnnotationError(
-                f"{unknown[0]} has no truth for the caption {unknown[1]!r} in {root}; the oracles need every "
-                "training caption with its own picture, as SimPEDES wrote them"
-            )
-        self._phrases: list[list[tuple[Span, int]]] = [phrases[row] for row in rows]
+        self._maps = truth.parts("train")
+        self._phrases: list[list[tuple[Span, int]]] = [
+            [((p["start"], p["end"]), PARTS.index(p["part"])) for p in phrases if p["part"] in PARTS]
+            for phrases in truth.of_captions("train", table)
+        ]
 
     def picture(self, row: int, size: tuple[int, int]) -> tv_tensors.Mask:
         """The part map of a row's picture, uint8 [1, H, W] at `size`: 1 + part.

@@ -168,10 +168,9 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
     for (text, original, *places), strip in zip(lines, strips, strict=True):
         for axis in (text, original, *places):
             axis.set_axis_off()
-        record = strip[0].site.record
         _write_caption(text, strip)
         title = f"original\nsimilarity\n{before[id(strip[0])]:.3f}"
-        framed(original, dataset.images / record["file_path"], title)
+        framed(original, dataset.images / strip[0].site.phrase["image"], title)
         for axis, made, colour in zip(places, strip, COLOURS):
             change = after[id(made)] - before[id(made)]
             mark = "✓" if change < 0 else "✗" if change > 0 else "="
@@ -184,8 +183,8 @@ def _draw_strips(dataset: Dataset, split: str, rng: np.random.Generator, people:
     """For each of some people one caption, with up to three changed pictures of different phrases."""
     captions: dict[int, dict[str, list[Site]]] = {}
     for site in read_sites(dataset, split):
-        captions.setdefault(site.record["id"], {}).setdefault(site.text, []).append(site)
-    changer, strips = Changer(dataset, rng), []
+        captions.setdefault(site.phrase["identity"], {}).setdefault(site.phrase["caption"], []).append(site)
+    changer, strips = Changer(dataset, split, rng), []
     for person in rng.permutation(sorted(captions)):
         texts = list(captions[person].values())
         sites = texts[rng.integers(len(texts))]
@@ -205,7 +204,7 @@ def _draw_strips(dataset: Dataset, split: str, rng: np.random.Generator, people:
 
 def _write_caption(axis: Axes, strip: list[Counterfactual]) -> None:
     """Write a caption in letters of one width, so that phrases can be written over it in bold."""
-    text = strip[0].site.text
+    text = strip[0].site.phrase["caption"]
     spans = [(made.site.phrase["start"], made.site.phrase["end"]) for made in strip]
     lines, start = [], 0
     for line in textwrap.wrap(text, _WIDTH, break_on_hyphens=False):

@@ -3,7 +3,6 @@
 import textwrap
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +15,7 @@ from fmfa.data.annotations import Dataset
 from fmfa.data.images import load_image, resolve_image
 from fmfa.simpedes.canvas import PARTS
 from fmfa.simpedes.people import ATTRIBUTES
-from fmfa.simpedes.truth import read_parts, read_truth
+from fmfa.simpedes.truth import Truth
 
 # What the papers say of their captions; CUHK-PEDES: Li et al., CVPR 2017; ICFG-PEDES: Ding et al., arXiv 2107.12666;
 # RSTPReid: Zhu et al., ACM MM 2021 (gives a minimum of 23 words, no mean).
@@ -111,14 +110,14 @@ def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0) 
     return figure
 
 
-def plot_part_maps(root: str | Path, split: str, seed: int = 0) -> Figure:
+def plot_part_maps(dataset: Dataset, split: str, seed: int = 0) -> Figure:
     """Show ten SimPEDES pictures above their true part maps."""
-    maps = read_parts(root, split)
+    maps = dataset.require_truth().parts(split)
     paths = np.random.default_rng(seed).choice(list(maps), size=min(10, len(maps)), replace=False)
     figure, axes = plt.subplots(2, len(paths), figsize=(1.15 * len(paths) + 1.6, 6.4), layout="constrained")
     colours = ListedColormap(PART_COLOURS)
     for column, path in enumerate(paths):
-        axes[0, column].imshow(load_image(Path(root) / "imgs" / path), interpolation="nearest")
+        axes[0, column].imshow(load_image(dataset.images / path), interpolation="nearest")
         shown = axes[1, column].imshow(
             maps[path], cmap=colours, vmin=-0.5, vmax=len(PARTS) - 0.5, interpolation="nearest"
         )
@@ -129,9 +128,9 @@ def plot_part_maps(root: str | Path, split: str, seed: int = 0) -> Figure:
     return figure
 
 
-def plot_attributes(root: str | Path, split: str) -> Figure:
+def plot_attributes(truth: Truth, split: str) -> Figure:
     """Show how often each attribute value occurs among the identities of a SimPEDES split."""
-    people = pd.DataFrame({r["id"]: r["attributes"] for r in read_truth(root, split)}).T
+    people = truth.people(split)
     shown = ("gender", "hair_style", "hair_colour", "headwear", "glasses", "top", "top_colour", "outer", "lower",
              "lower_colour", "shoes", "bag")  # fmt: skip
     figure, axes = plt.subplots(3, 4, figsize=(13, 8.5), layout="constrained")
@@ -143,54 +142,38 @@ def plot_attributes(root: str | Path, split: str) -> Figure:
     return figure
 
 
-def plot_families(root: str | Path, split: str) -> Figure:
+def plot_families(dataset: Dataset, split: str) -> Figure:
     """Show five families of look-alikes side by side, with the attributes in which they differ."""
-    chosen = [family for family in _families(root, split) if len(family) > 1][:5]
+    truth = dataset.require_truth()
+    chosen = [family for _, family in truth.people(split).groupby("family", sort=False) if len(family) > 1][:5]
+    shown = truth.pictures(split).reset_index().drop_duplicates("identity").set_index("identity")["image"]
     size = max(map(len, chosen))
     figure, axes = plt.subplots(1, len(chosen) * size, figsize=(1.35 * len(chosen) * size, 4.4), layout="constrained")
     for axis in axes:
         axis.set_axis_off()
     for k, family in enumerate(chosen):
-        for j, record in enumerate(family):
-            axes[k * size + j].imshow(load_image(Path(root) / "imgs" / record["file_path"]), interpolation="nearest")
-            axes[k * size + j].set_title(f"id {record['id']}", fontsize=8)
-        differing = sorted({name for a, b in combinations(family, 2) for name in _differing(a, b)})
-        lines = [f"{n}: " + " / ".join(r["attributes"][n] for r in family) for n in differing]
+        for axis, identity in zip(axes[k * size :], family.index, strict=False):
+            axis.imshow(load_image(dataset.images / shown[identity]), interpolation="nearest")
+            axis.set_title(f"id {identity}", fontsize=8)
+        lines = [f"{n}: " + " / ".join(family[n]) for n in sorted(ATTRIBUTES) if family[n].nunique() > 1]
         axes[k * size].text(0, -0.06, "\n".join(textwrap.fill(line, 30) for line in lines), va="top", fontsize=7,
                             transform=axes[k * size].transAxes)  # fmt: skip
     return figure
 
 
-def _families(root: str | Path, split: str) -> list[list[dict]]:
-    """By family, the truth of the first picture of each of its people."""
-    families: dict[str, dict[int, dict]] = {}
-    for record in read_truth(root, split):
-        families.setdefault(record["family"], {}).setdefault(record["id"], record)
-    return [list(family.values()) for family in families.values()]
-
-
-def _differing(first: dict, second: dict) -> list[str]:
-    return [name for name in ATTRIBUTES if first["attributes"][name] != second["attributes"][name]]
-
-
-def family_differences(root: str | Path, split: str) -> pd.DataFrame:
+def family_differences(truth: Truth, split: str) -> pd.DataFrame:
     """Return how often look-alikes differ in each attribute (share of pairs, %)."""
-    pairs = [pair for family in _families(root, split) for pair in combinations(family, 2)]
-    counts = Counter(name for a, b in pairs for name in _differing(a, b))
+    families = [family[list(ATTRIBUTES)] for _, family in truth.people(split).groupby("family", sort=False)]
+    pairs = [family.iloc[i] != family.iloc[j] for family in families for i, j in combinations(range(len(family)), 2)]
+    counts = Counter(name for differs in pairs for name in differs.index[differs])
     table = pd.DataFrame(counts.most_common(), columns=["attribute", "pairs"])
-    return table.assign(share=(100 * table["pairs"] / max(len(pairs), 1)).round(1)).rename(
-        columns={"share": "share (%)"}
-    )
+    return table.assign(**{"share (%)": (100 * table["pairs"] / max(len(pairs), 1)).round(1)})
 
 
-def mistake_rates(root: str | Path, split: str) -> pd.DataFrame:
+def mistake_rates(truth: Truth, split: str) -> pd.DataFrame:
     """Return phrases, and injected mistakes, by the part that a phrase speaks of."""
-    rows = [
-        {"part": phrase["part"], "phrases": 1, "mistakes": bool(phrase["mistakes"])}
-        for record in read_truth(root, split)
-        for caption in record["captions"]
-        for phrase in caption["phrases"]
-    ]
-    table = pd.DataFrame(rows).groupby("part").sum().sort_values("phrases", ascending=False)
+    phrases = truth.phrases(split).assign(mistakes=lambda table: table["mistakes"].str.len() > 0)
+    table = phrases.groupby("part").agg(phrases=("part", "size"), mistakes=("mistakes", "sum"))
+    table = table.sort_values("phrases", ascending=False)
     table.loc["all"] = table.sum()
     return table.assign(**{"rate (%)": (100 * table["mistakes"] / table["phrases"]).round(2)})

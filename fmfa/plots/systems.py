@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +11,11 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
+from fmfa.data.annotations import Dataset
 from fmfa.data.images import resolve_image
-from fmfa.errors import AnnotationError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
 from fmfa.plots.retrieval import HIT, MISS, framed
-from fmfa.simpedes.ceiling import told_truly
-from fmfa.simpedes.truth import is_simpedes, read_truth
+from fmfa.simpedes.truth import Truth, told_truly
 
 PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
 
@@ -35,7 +33,7 @@ def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: 
 
 
 def plot_side_by_side(
-    evaluations: Mapping[str, Evaluation], images: str | Path, split: str, query: int, k: int = 10
+    evaluations: Mapping[str, Evaluation], dataset: Dataset, split: str, query: int, k: int = 10
 ) -> Figure:
     """Show the k best pictures of one caption under each system, one line per system (FMFA, TOMM 2026, Figures 6 to 8).
 
@@ -44,18 +42,18 @@ def plot_side_by_side(
 
     Args:
         evaluations: by the system's name, all of the same split.
-        images: folder that the column `image` is relative to.
-        split: that was evaluated.
+        dataset: that was evaluated.
+        split: of the data set.
         query: row position of the caption.
         k: pictures a system.
     """
     row = next(iter(evaluations.values())).rows.iloc[query]
-    wrong = _contradictions(Path(images).parent, split, row["image"], row["caption"])
+    wrong = _contradictions(dataset.truth, split, row.to_frame().T) if dataset.truth else {}
     figure, lines = plt.subplots(len(evaluations), k + 1, figsize=(1.12 * k + 1.6, 3.35 * len(evaluations) + 0.7),
                                  squeeze=False, layout="constrained")  # fmt: skip
     figure.suptitle(textwrap.fill(row["caption"], 125), fontsize=9, parse_math=False)
     for (wanted, *places), (name, evaluation) in zip(lines, evaluations.items()):
-        framed(wanted, resolve_image(images, row["image"]), "wanted")
+        framed(wanted, resolve_image(dataset.images, row["image"]), "wanted")
         rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
         for axis in places:
@@ -63,30 +61,20 @@ def plot_side_by_side(
         matches = evaluation.top_matches(query, k).itertuples(index=False)
         for place, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
-            framed(axis, resolve_image(images, match.image), f"{place} {mark}", colour)
+            framed(axis, resolve_image(dataset.images, match.image), f"{place} {mark}", colour)
             if wrong and not match.hit:
                 axis.set_xlabel(wrong[match.identity], fontsize=6.5)
     return figure
 
 
-def _contradictions(root: Path, split: str, image: str, caption: str) -> dict[int, str]:
-    """For each identity, the attributes in which it contradicts what a caption of SimPEDES truly tells."""
-    if not is_simpedes(root):
-        return {}
-    records = list(read_truth(root, split))
-    known = (c for r in records if r["file_path"] == image for c in r["captions"] if c["text"] == caption)
-    if (written := next(known, None)) is None:
-        raise AnnotationError(
-            f"{root}: the truth files lack the caption {caption!r} of {image}; annotations and truth are of different "
-            "data: make the data set again"
-        )
-    told = told_truly(written)
-    people = {record["id"]: record["attributes"] for record in records}
+def _contradictions(truth: Truth, split: str, row: pd.DataFrame) -> dict[int, str]:
+    """For each identity, the attributes in which it contradicts what the caption of one row truly tells."""
+    told = told_truly(truth.of_captions(split, row)[0])
     return {
         identity: _listed(
-            [f"{name.replace('_', ' ')}: {values[name]}" for name in told if values[name] not in told[name]]
+            [f"{name.replace('_', ' ')}: {person[name]}" for name in told if person[name] not in told[name]]
         )
-        for identity, values in people.items()
+        for identity, person in truth.people(split).iterrows()
     }
 
 
@@ -121,9 +109,7 @@ def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0) -> F
     return figure
 
 
-def plot_joint_space(
-    evaluation: Evaluation, images: str | Path, split: str, families: int = 6, seed: int = 0
-) -> Figure:
+def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, families: int = 6, seed: int = 0) -> Figure:
     """Show captions and pictures of some families of look-alikes, laid out in a plane by t-SNE (scikit-learn).
 
     Each modality's mean is taken away from the unit vectors first, since the gap between pictures and captions would
@@ -131,13 +117,13 @@ def plot_joint_space(
 
     Args:
         evaluation: of a SimPEDES split.
-        images: its picture folder.
+        truth: of that SimPEDES.
         split: that was evaluated.
         families: how many are drawn.
         seed: of the draw.
     """
-    family = {r["id"]: r["family"] for r in read_truth(Path(images).parent, split)}
-    names = list(dict.fromkeys(family.values()))
+    family = truth.people(split)["family"]
+    names = family.unique()
     chosen = np.random.default_rng(seed).choice(names, min(families, len(names)), replace=False).tolist()
     sides, means = [], []
     for kind, table, features in (

@@ -8,7 +8,7 @@ import numpy as np
 
 from fmfa.metrics import random_ranking
 from fmfa.simpedes.people import ATTRIBUTES
-from fmfa.simpedes.truth import parse_shard
+from fmfa.simpedes.truth import parse_shard, told_truly
 
 
 def ceiling(shards: Sequence[Path]) -> dict[str, float]:
@@ -36,7 +36,7 @@ def ceiling(shards: Sequence[Path]) -> dict[str, float]:
     for record in _records(shards):  # read twice, so that memory does not grow with the captions
         for caption in record["captions"]:
             fitting = np.ones(len(table), bool)
-            for name, values in told_truly(caption).items():
+            for name, values in told_truly(caption["phrases"]).items():
                 fitting &= np.logical_or.reduce([has_value[name, v] for v in values if (name, v) in has_value])
             fits[int(copies[fitting].sum()), pictures[record["id"]]] += 1
             identities += int(fitting.sum())
@@ -51,13 +51,3 @@ def ceiling(shards: Sequence[Path]) -> dict[str, float]:
 def _records(shards: Sequence[Path]) -> Iterator[dict]:
     for shard in shards:
         yield from parse_shard(shard.read_bytes())
-
-
-def told_truly(caption: dict) -> dict[str, tuple[str, ...]]:
-    """Return what a caption truly says: attribute -> values that its words allow, mistakes set aside."""
-    told: dict[str, tuple[str, ...]] = {}
-    for phrase in caption["phrases"]:
-        for name, values in phrase["told"].items():
-            if name not in phrase["mistakes"]:
-                told[name] = tuple(v for v in told[name] if v in values) if name in told else tuple(values)
-    return told

@@ -12,7 +12,6 @@ from fmfa.data.annotations import Dataset
 from fmfa.errors import ConfigError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
 from fmfa.evaluation.statistics import compare_rows, hierarchical_interval
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record
 from fmfa.study.results import CEILING, CHANCE, METRICS, SAME, Level, Results, each_query, references
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "published.csv"
@@ -37,9 +36,9 @@ def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -
             row = {"system": name, "direction": direction}
             row |= {v.metric: shown((v.value, v.low, v.high)) for v in values.itertuples()}
             rows.append(row | {"queries": values["queries"].iloc[0], "gallery": values["gallery"].iloc[0]})
-    levels = {CHANCE: next(iter(systems.values())).chance[TEXT_TO_IMAGE]}
-    if is_simpedes(dataset.images.parent):
-        levels[CEILING] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    levels: dict[str, dict[str, float] | None] = {CHANCE: next(iter(systems.values())).chance[TEXT_TO_IMAGE]}
+    if dataset.truth:
+        levels[CEILING] = dataset.truth.ceiling(split)
     for name, known in levels.items():
         if known:
             percent = {metric: shown((100 * known[metric], None, None)) for metric in METRICS}

@@ -29,7 +29,6 @@ from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hi
 from fmfa.files import PROJECT, read_json, said_plainly, whole_file, write_json
 from fmfa.notebook import require_results
 from fmfa.records import RECORD, read_metrics, read_record
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record
 from fmfa.study.definition import study_rows
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -68,9 +67,9 @@ def save_evaluation(
         ConfigError: the folder cannot be written to.
     """
     folder, name = Path(folder), results_split(folder, dataset, split)
-    record = {"dataset": dataset.name, "split": split, "metrics": _metrics(evaluation)}
-    if is_simpedes(dataset.images.parent):
-        record["ceiling"] = read_dataset_record(dataset.images.parent)["ceiling"].get(split)
+    record: dict[str, Any] = {"dataset": dataset.name, "split": split, "metrics": _metrics(evaluation)}
+    if dataset.truth:
+        record["ceiling"] = dataset.truth.ceiling(split)
     shuffled = shuffle_captions(evaluation, evaluation.seed)
     written = {f"{_QUERIES}-{name}": _queries(evaluation), f"{_QUERIES}-{name}-shuffled": _queries(shuffled)}
     if start:

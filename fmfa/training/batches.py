@@ -67,7 +67,7 @@ class TableBatches:
             flip="off" if config.augmentation == "none" else config.flip,
             mask_probability=config.mask_rate if masked else 0.0,
             levels=levels,
-            parts=PartMaps(self.table, dataset.images, tokenizer) if parts else None,
+            parts=PartMaps(self.table, dataset.require_truth(), tokenizer) if parts else None,
         )
         self.loader: DataLoader = make_loader(self.pairs, self.batches, workers=config.workers)
 

@@ -31,7 +31,7 @@ from fmfa.errors import AnnotationError, ConfigError
 from fmfa.models.outputs import Encoded
 from fmfa.plots.alignment import counterfactual_strip, plot_counterfactual
 from fmfa.simpedes.generate import generate, recipe
-from fmfa.simpedes.people import ATTRIBUTES, COLOURS, SIDES, population
+from fmfa.simpedes.people import ATTRIBUTES, COLOURS, SIDES, Person, population
 from fmfa.simpedes.truth import read_truth
 from fmfa.simpedes.words import COLOUR_WORDS, HAIR_WORDS, TYPE_WORDS
 from fmfa.systems import System, load_system
@@ -64,7 +64,8 @@ def test_an_unchanged_picture_is_the_stored_one_bit_by_bit(tmp_path, domain):
     assert len(records) == 32
     for record in records:
         stored = np.asarray(Image.open(root / "imgs" / record["file_path"]))
-        np.testing.assert_array_equal(picture_of(record, size), stored)
+        shown = picture_of(Person(**record["attributes"]), record["camera"], record["seed"], size)
+        np.testing.assert_array_equal(shown, stored)
 
 
 def test_a_picture_of_another_renderer_is_refused(tmp_path):
@@ -98,14 +99,16 @@ def test_changed_people_differ_in_one_attribute_and_what_comes_or_goes_with_it(s
 
 def test_changed_pictures_no_longer_fit_the_words_and_visibly_so(data, found):
     pictures = [made for made in found if made.kind == PICTURE]
+    pictures_known = data.truth.pictures("test")
     assert len(pictures) == 200
     for made in pictures:
-        record, phrase = made.site.record, made.site.phrase
+        phrase = made.site.phrase
+        picture = pictures_known.loc[phrase["image"]]
         assert made.site.attribute not in phrase["mistakes"]
-        assert record["attributes"][made.site.attribute] in phrase["told"][made.site.attribute]
+        assert picture["attributes"][made.site.attribute] in phrase["told"][made.site.attribute]
         assert made.value not in phrase["told"][made.site.attribute]
-        assert phrase["part"] == WHOLE or record["visible"][phrase["part"]] >= VISIBLE
-        stored = np.asarray(Image.open(data.images / record["file_path"])).astype(int)
+        assert phrase["part"] == WHOLE or picture["visible"][phrase["part"]] >= VISIBLE
+        stored = np.asarray(Image.open(data.images / phrase["image"])).astype(int)
         far = (np.abs(stored - made.changed).max(axis=2) >= ALTERED).sum()
         assert far >= VISIBLE * stored.shape[0] * stored.shape[1]
 
@@ -114,7 +117,7 @@ def test_a_changed_colour_leaves_far_pixels_alone(data, found):
     coloured = [m for m in found if m.kind == PICTURE and m.attribute in ("shoes_colour", "headwear_colour")]
     assert len(coloured) >= 8
     for made in coloured:
-        stored = np.asarray(Image.open(data.images / made.site.record["file_path"]))
+        stored = np.asarray(Image.open(data.images / made.site.phrase["image"]))
         rows = np.flatnonzero((stored != made.changed).any(axis=(1, 2)))
         assert rows.min() >= 60 if made.attribute == "shoes_colour" else rows.max() <= 40
 
@@ -135,7 +138,7 @@ def test_changed_captions_tell_the_new_value_in_the_place_of_the_old(found):
     captions = [made for made in found if made.kind == CAPTION]
     assert len(captions) == 200
     for made in captions:
-        old, new = made.site.text, made.changed
+        old, new = made.site.phrase["caption"], made.changed
         assert old != new
         before, after = old.split(), new.split()
         if made.attribute in ("gender", "bag", "held"):
@@ -198,18 +201,18 @@ def test_changed_captions_by_example(text, words, part, attribute, allowed, valu
 
 def test_the_draw_is_a_function_of_the_seed_and_attributes_take_turns(data, found):
     again = draw_counterfactuals(data, "test", 200, seed=3)
-    assert [(m.kind, m.attribute, m.value, m.site.text) for m in again] == [
-        (m.kind, m.attribute, m.value, m.site.text) for m in found
+    assert [(m.kind, m.attribute, m.value, m.site.phrase["caption"]) for m in again] == [
+        (m.kind, m.attribute, m.value, m.site.phrase["caption"]) for m in found
     ]
     assert all(np.array_equal(a.changed, b.changed) for a, b in zip(found, again, strict=True))
     other = draw_counterfactuals(data, "test", 20, seed=4)
-    assert [m.site.text for m in other] != [m.site.text for m in found[: len(other)]]
+    assert [m.site.phrase["caption"] for m in other] != [m.site.phrase["caption"] for m in found[: len(other)]]
     counts = pd.Series(
         [m.attribute for m in draw_counterfactuals(data, "test", 46) if m.kind == PICTURE]
     ).value_counts()
     assert counts.sum() == 46
     assert counts.max() <= 2
-    asked = [(m.kind, m.attribute, m.site.record["file_path"]) for m in found]
+    asked = [(m.kind, m.attribute, m.site.phrase["image"]) for m in found]
     assert len(set(asked)) == len(asked)
 
 
@@ -308,9 +311,12 @@ def test_the_numbers_by_brute_force(data):
     folder = data.images.parent
     shifts, pictures, captions = [], {}, {}
     for made in found:
-        record = made.site.record
-        image, text = picture(Image.open(data.images / record["file_path"]), folder), caption(made.site.text)
-        pictures[record["file_path"]], captions[made.site.text] = (image, record["id"]), (text, record["id"])
+        phrase = made.site.phrase
+        image, text = picture(Image.open(data.images / phrase["image"]), folder), caption(made.site.phrase["caption"])
+        pictures[phrase["image"]], captions[made.site.phrase["caption"]] = (
+            (image, phrase["identity"]),
+            (text, phrase["identity"]),
+        )
         if made.kind == PICTURE:
             shifts.append(float(image @ text - picture(made.changed, folder) @ text))
         else:

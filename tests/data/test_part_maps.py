@@ -54,7 +54,7 @@ def telling(simpedes, tmp_path_factory):
 
 def pairs(simpedes, *, images=None, parts=True, transform=None, **options):
     table = simpedes.split("train")
-    known = PartMaps(table, simpedes.images, TOKENIZER) if parts else None
+    known = PartMaps(table, simpedes.truth, TOKENIZER) if parts else None
     options = {"seed": 4, "flip": "swap"} | options
     return PairDataset(
         table, images or simpedes.images, TOKENIZER, transform or fmfa_training(SIZE), parts=known, **options
@@ -120,7 +120,7 @@ def letters_parts(caption, phrases, swapped):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_token_parts_against_letters(simpedes, truth, swapped):
     table = simpedes.split("train")
-    known, shifted, seen = PartMaps(table, simpedes.images, TOKENIZER), 0, set()
+    known, shifted, seen = PartMaps(table, simpedes.truth, TOKENIZER), 0, set()
     for row, (image, caption) in enumerate(zip(table["image"], table["caption"])):
         text, letters = letters_parts(caption, truth[image, caption], swapped)
         assert text == (swap_sides(caption) if swapped else caption)
@@ -145,7 +145,7 @@ def test_a_span_moves_with_its_words():
 
 
 def test_maps_of_another_size_are_resized_without_new_parts(simpedes):
-    known = PartMaps(simpedes.split("train"), simpedes.images, TOKENIZER)
+    known = PartMaps(simpedes.split("train"), simpedes.truth, TOKENIZER)
     whole, half = known.picture(0, SIZE)[0], known.picture(0, (48, 16))[0]
     assert tuple(half.shape) == (48, 16)
     assert set(half.unique().tolist()) <= set(whole.unique().tolist())
@@ -164,14 +164,14 @@ def test_batches_of_a_run_hold_the_truth_on_demand(simpedes):
     assert (known["token_parts"] >= 0).any(dim=1).all()
 
 
-def test_what_has_no_truth_is_refused(simpedes, tmp_path):
+def test_what_has_no_truth_is_refused(simpedes):
     table = simpedes.split("train")
-    with pytest.raises(ConfigError, match="has no part maps"):
-        PartMaps(table, tmp_path / "imgs", TOKENIZER)
-    with pytest.raises(AnnotationError, match="no truth for the caption 'unheard of'"):
-        PartMaps(table.assign(caption="unheard of"), simpedes.images, TOKENIZER)
+    with pytest.raises(AnnotationError, match="toy holds no ground truth, only SimPEDES has it"):
+        replace(simpedes, name="toy", truth=None).require_truth()
+    with pytest.raises(AnnotationError, match="truth of train lacks the caption 'unheard of'"):
+        PartMaps(table.assign(caption="unheard of"), simpedes.truth, TOKENIZER)
     with pytest.raises(ConfigError, match="train this oracle without text levels"):
         pairs(simpedes, levels=lambda caption, row, generator: [caption] * 3)
     config = TrainConfig(method="irra", batch_size=4, pairs="shuffled").resolved()
-    with pytest.raises(AnnotationError, match="every training caption with its own picture"):
+    with pytest.raises(AnnotationError, match="every caption with its own picture"):
         TableBatches(config, simpedes, TOKENIZER, masked=True, parts=True)

@@ -15,8 +15,7 @@ from fmfa.evaluation.evaluate import Evaluation, gallery_of
 from fmfa.notebook import VisualiseParameters
 from fmfa.plots import alignment as plots_alignment
 from fmfa.plots import systems as plots_systems
-from fmfa.simpedes.ceiling import told_truly
-from fmfa.simpedes.truth import read_truth
+from fmfa.simpedes.truth import read_truth, told_truly
 
 
 @pytest.fixture(autouse=True)
@@ -122,10 +121,10 @@ def test_disagreements_are_hits_of_some_systems_only(tiny):
 def test_side_by_side_says_what_the_caption_rules_out(tiny):
     evaluation = random_evaluation(tiny, 0)
     query = plots_systems.pick_disagreements({"a": evaluation}, 1)[0]
-    figure = plots_systems.plot_side_by_side({"a": evaluation, "b": evaluation}, tiny.images, "test", query, k=5)
+    figure = plots_systems.plot_side_by_side({"a": evaluation, "b": evaluation}, tiny, "test", query, k=5)
     row, matches = evaluation.rows.iloc[query], evaluation.top_matches(query, 5)
     records = {r["file_path"]: r for r in read_truth(tiny.images.parent, "test")}
-    told = told_truly(next(c for c in records[row["image"]]["captions"] if c["text"] == row["caption"]))
+    told = told_truly(next(c for c in records[row["image"]]["captions"] if c["text"] == row["caption"])["phrases"])
     assert len(figure.axes) == 12
     for axis, match in zip(figure.axes[1:6], matches.itertuples()):
         assert axis.get_title()[-1] == ("✓" if match.hit else "✗")
@@ -141,8 +140,8 @@ def test_side_by_side_says_what_the_caption_rules_out(tiny):
 def test_side_by_side_needs_the_truth_of_its_captions(tiny):
     evaluation = random_evaluation(tiny, 0)
     other = replace(evaluation, rows=evaluation.rows.assign(caption="a person"))
-    with pytest.raises(AnnotationError, match="the truth files lack the caption 'a person' of "):
-        plots_systems.plot_side_by_side({"a": other}, tiny.images, "test", 0)
+    with pytest.raises(AnnotationError, match="the truth of test lacks the caption 'a person' of "):
+        plots_systems.plot_side_by_side({"a": other}, tiny, "test", 0)
 
 
 def test_similarities_are_counted_once_a_pair(tiny):
@@ -156,10 +155,10 @@ def test_similarities_are_counted_once_a_pair(tiny):
 
 def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
     evaluation = random_evaluation(tiny, 0)
-    axis = plots_systems.plot_joint_space(evaluation, tiny.images, "test", families=3).axes[0]
+    axis = plots_systems.plot_joint_space(evaluation, tiny.truth, "test", families=3).axes[0]
     assert sum(len(points.get_offsets()) for points in axis.collections) == 3 * 2 * (4 + 8)  # identities x items
     assert axis.get_title().startswith("24 pictures (●) and 48 captions (△) of 3 families")
-    again = plots_systems.plot_joint_space(evaluation, tiny.images, "test", families=3).axes[0]
+    again = plots_systems.plot_joint_space(evaluation, tiny.truth, "test", families=3).axes[0]
     shown, same = (np.concatenate([points.get_offsets() for points in plane.collections]) for plane in (axis, again))
     assert np.array_equal(shown, same)
     # people of equal features up to noise: a neighbour is of the same family far more often than one of three times

@@ -39,7 +39,7 @@ def shows_name(figure):
 def test_of_systems_and_captions(tiny, shipped):
     evaluation = random_evaluation(tiny, 0)
     named = {NAME: evaluation, NAME * 2: evaluation}
-    assert shows_name(plots_systems.plot_side_by_side(named, tiny.images, "test", 0, k=2))
+    assert shows_name(plots_systems.plot_side_by_side(named, tiny, "test", 0, k=2))
     assert shows_name(plots_systems.plot_similarities(named))
     assert shows_name(plots_alignment.plot_relevance({NAME: shipped}, tiny, "test", pick_phrases(tiny, "test", 1)))
     captions = replace(tiny, table=tiny.table.assign(caption=NAME))

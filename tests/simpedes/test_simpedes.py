@@ -24,10 +24,9 @@ from fmfa.pretraining.stream import web_pair
 from fmfa.simpedes.camera import CAMERAS, SPREAD, render
 from fmfa.simpedes.canvas import PARTS
 from fmfa.simpedes.captions import STYLES, describe
-from fmfa.simpedes.ceiling import told_truly
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.simpedes.people import ATTRIBUTES, SIDES, change, draw_person, options, population
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record, read_parts, read_truth
+from fmfa.simpedes.truth import is_simpedes, read_dataset_record, read_parts, read_truth, told_truly
 
 CAMERA = CAMERAS["street"][0]
 generation = importlib.import_module("fmfa.simpedes.generate")  # the package has a function of this name
@@ -259,7 +258,7 @@ def test_the_ceiling_by_brute_force(tiny):
     scores = []
     for record in truth:
         for caption in record["captions"]:
-            told = told_truly(caption)
+            told = told_truly(caption["phrases"])
             fits = [i for i, a in people.items() if all(a[name] in values for name, values in told.items())]
             assert record["id"] in fits
             scores.append(1 / len(fits))
