@@ -1,10 +1,11 @@
 """Files written whole or not at all, folders locked by one process, JSON read with one kind of error."""
 
+import hashlib
 import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def read_json(path: str | Path, error: type[FmfaError] = ConfigError, kind: type
     if not isinstance(data, kind):
         raise error(f"{path}: expected a JSON {kind.__name__}, found {type(data).__name__}")
     return data
+
+
+def content_checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a record as JSON, without its own field `checksum`."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

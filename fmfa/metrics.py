@@ -14,6 +14,7 @@ from fmfa.errors import ConfigError
 
 PROTOCOLS = ("standard", "ivt")
 CHUNK_ELEMENTS = 2**23  # scores held at a time: about 64 MiB in float64
+PER_QUERY = ("identity", "relevant", "first_rank", "average_precision", "inverse_negative_penalty")
 Identities = Sequence[int] | np.ndarray | Tensor
 
 

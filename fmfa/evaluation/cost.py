@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +130,23 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
     finally:
         over.set()
         watcher.join()
+
+
+def encoding_operations(
+    model: Retriever, tokenizer: Tokenizer, transform: ImageTransform, pictures: Sequence[Path], captions: Sequence[str]
+) -> tuple[int, int]:
+    """Floating-point operations to encode a caption and a picture, averaged over batches; see `training_flops`."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not know
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            encode_captions(model, captions, tokenizer, progress=False)
+            caption = counter.get_total_flops()
+            encode_images(model, pictures, transform, progress=False)
+            picture = counter.get_total_flops() - caption
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return round(caption / len(captions)), round(picture / len(pictures))
 
 
 def training_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from fmfa.data.images import ImageTransform, picture_suffixes, resolve_image
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.evaluation.statistics import Interval, bootstrap_interval
-from fmfa.metrics import RankMetrics, chance_metrics, feature_metrics
+from fmfa.metrics import CHUNK_ELEMENTS, PER_QUERY, RankMetrics, chance_metrics, feature_metrics, rank_metrics
 from fmfa.models.outputs import Retriever
 from fmfa.progress import progress_bar
 from fmfa.text.bytepair import Tokenizer
@@ -42,6 +43,9 @@ class Evaluation:
         text_features: float32 [Q, D], not normalised.
         image_features: float32 [G, D], not normalised.
         seed: of the bootstrap.
+        reranked: scores of a second stage, one line per pair: `query` and `item` (positions in `rows` and `gallery`)
+            and `score`. The items listed for a query come before all others, the highest score first; all others keep
+            the order of their cosines. There is no image to text then.
     """
 
     rows: pd.DataFrame
@@ -49,11 +53,18 @@ class Evaluation:
     text_features: Tensor
     image_features: Tensor
     seed: int = 0
+    reranked: pd.DataFrame | None = None
 
     @cached_property
     def metrics(self) -> dict[str, RankMetrics]:
         """Metrics by direction, "text to image" and "image to text"."""
         text, image = self._identities
+        if self.reranked is not None:
+            parts = [rank_metrics(scores, text[queries], image) for queries, scores in self.similarities()]
+            arrays: dict[str, Any] = {
+                name: np.concatenate([getattr(part, name) for part in parts]) for name in PER_QUERY
+            }
+            return {TEXT_TO_IMAGE: replace(parts[0], **arrays)}
         return {
             TEXT_TO_IMAGE: feature_metrics(self.text_features, self.image_features, text, image),
             IMAGE_TO_TEXT: feature_metrics(self.image_features, self.text_features, image, text),
@@ -113,10 +124,28 @@ class Evaluation:
             query: row position of the caption.
             k: number of images, or fewer if the gallery is smaller.
         """
-        similarity = _cosine(self.text_features[query], self.image_features)
-        table = self.gallery.assign(similarity=similarity.numpy())
+        table = self.gallery.assign(similarity=self.similarity([query])[0].numpy())
         table["hit"] = table["identity"] == self.rows["identity"].iloc[query]
         return table.sort_values(["similarity", "hit"], ascending=[False, True], kind="stable")[:k]
+
+    def similarity(self, queries: Sequence[int] | np.ndarray) -> Tensor:
+        """Similarity of some captions, by position, to every image: float32 [Q, G], ranked as `metrics` are.
+
+        It is the cosine; images that a second stage listed have 2 plus the place of their score from below.
+        """
+        scores = _cosine(self.text_features[queries], self.image_features)
+        if self.reranked is not None:
+            listed = self.reranked[self.reranked["query"].isin(queries)]
+            rows = pd.Index(queries).get_indexer(listed["query"])
+            levels = listed.groupby("query")["score"].rank("dense").to_numpy(np.float32)
+            scores[rows, listed["item"].to_numpy(copy=True)] = torch.from_numpy(2 + levels)
+        return scores
+
+    def similarities(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Positions of all queries in order with their `similarity`, as many at a time as fit into memory."""
+        parts = -(-len(self.rows) * len(self.gallery) // CHUNK_ELEMENTS)
+        for queries in np.array_split(np.arange(len(self.rows)), parts):
+            yield queries, self.similarity(queries)
 
     @property
     def _identities(self) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +247,7 @@ def search_folder(
         raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
     if faults:
         warnings.warn(f"left out of the search, {len(faults):,} in all:\n{left_out}", stacklevel=2)
-    similarity = _cosine(query, encoded)
+    similarity = _cosine(query[None], encoded)[0]
     best = top_matches(similarity, k).numpy()
     return pd.DataFrame({"image": names[best], "similarity": similarity.numpy()[best]})
 
@@ -261,8 +290,8 @@ def pictures_below(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(paths), faults
 
 
-def _cosine(query: Tensor, gallery: Tensor) -> Tensor:
-    scores = F.normalize(gallery.double(), dim=1) @ F.normalize(query.double(), dim=0)
+def _cosine(queries: Tensor, gallery: Tensor) -> Tensor:
+    scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
     return scores.float()  # rounded as in `feature_metrics`, so that ranks agree
 
 

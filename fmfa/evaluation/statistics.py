@@ -105,7 +105,7 @@ def further_run(values: np.ndarray) -> tuple[float, float]:
     return float(means.mean() - reach), float(means.mean() + reach)
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """p values of one family of comparisons, adjusted by Holm's step-down method (statsmodels)."""
     return multipletests(p_values, method="holm")[1] if len(p_values) else np.empty(0)
 
@@ -244,6 +244,15 @@ class RowComparison:
         """The difference with its interval over seeds and identities at another confidence level."""
         return interval_over_seeds(self.means, self.seed_means, level)
 
+    def equivalence(self, margin: float) -> float:
+        """The larger p value of two one-sided tests that the difference is at least `margin` in size (Schuirmann 1987).
+
+        Below 5 % the 90 % interval lies within -margin and margin. NaN with one identity.
+        """
+        resamples = len(self.means)
+        outside = _share_above(self.means, self.seed_means, margin), _share_above(-self.means, -self.seed_means, margin)
+        return (max(outside) * resamples + 1) / (resamples + 1)
+
 
 def compare_rows(
     first: np.ndarray,
@@ -301,9 +310,15 @@ def compare_rows(
 
 
 def _p_over_seeds(means: np.ndarray, seed_means: np.ndarray) -> float:
-    """Twice the smaller share beyond zero of `means` plus the seeds' t, whose share is taken in closed form."""
+    """Twice the smaller share beyond zero of `means` plus the seeds' t."""
     if len(seed_means) == 1:
         return np.nan
-    error = stats.sem(seed_means)
-    above = stats.t.cdf(means / error, len(seed_means) - 1) if error > 0 else (np.sign(means) + 1) / 2
-    return float(2 * min(above.mean(), 1 - above.mean()))
+    above = _share_above(means, seed_means)
+    return float(2 * min(above, 1 - above))
+
+
+def _share_above(means: np.ndarray, seed_means: np.ndarray, bound: float = 0.0) -> float:
+    """Share above a bound of `means` [R] plus the seeds' t, if there are several; half of what lies on it counts."""
+    error = stats.sem(seed_means) if len(seed_means) > 1 else 0.0
+    beyond = means - bound
+    return (stats.t.cdf(beyond / error, len(seed_means) - 1) if error > 0 else (np.sign(beyond) + 1) / 2).mean()

@@ -48,6 +48,24 @@ def plot_comparison(results: Results, split: str = "test", seed: int = 0) -> Fig
     return figure
 
 
+def plot_ranking(table: pd.DataFrame, metric: str = "R@1") -> Figure:
+    """Show a metric of scored systems with its 95 % interval, best first, with their ranks, by what a query costs.
+
+    Args:
+        table: of `fmfa.compare.compare_systems`.
+        metric: a column of it that `low` and `high` belong to.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(table) + 1.5), layout="constrained")
+    sns.scatterplot(table.assign(place=table.index), x=metric, y="place", hue="cost", style="cost", s=70, ax=axis)
+    axis.hlines(table.index, table["low"], table["high"], color="0.4", linewidth=1.5, zorder=0)
+    ranks = [f"{first} to {last}" if first < last else first for first, last in zip(table["rank"], table["last rank"])]
+    labels = [f"{system} (rank {rank})" for system, rank in zip(table["system"], ranks)]
+    axis.set_yticks(table.index, labels, parse_math=False)
+    axis.set(xlabel=f"{metric} (%), 95 % intervals over identities", ylabel="", ylim=(len(table) - 0.5, -0.5))
+    sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1), title="cost of a query")
+    return figure
+
+
 def plot_claims(table: pd.DataFrame, own: pd.DataFrame | None = None, name: str = "") -> Figure | None:
     """Show the measured difference of each claim that was run with its intervals; None without any.
 

@@ -26,7 +26,7 @@ from fmfa.data.datasets import which_dataset
 from fmfa.errors import ConfigError, TrainingError, checked
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, shuffle_captions
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
-from fmfa.files import PROJECT, read_json, said_plainly, whole_file, write_json
+from fmfa.files import PROJECT, content_checksum, read_json, said_plainly, whole_file, write_json
 from fmfa.notebook import require_results
 from fmfa.records import RECORD, read_metrics, read_record
 from fmfa.study.definition import study_rows
@@ -93,17 +93,12 @@ def write_evaluation(
 
 def _list_files(folder: Path, split: str, record: Mapping, names: Iterable[str]) -> None:
     content = {**record, "files": {name: _checksum(folder / name) for name in names}}
-    write_json(folder / f"{_EVALUATION}-{split}.json", content | {_CHECKSUM: _content_checksum(content)})
+    write_json(folder / f"{_EVALUATION}-{split}.json", content | {_CHECKSUM: content_checksum(content)})
 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _content_checksum(record: Mapping) -> str:
-    content = {name: value for name, value in record.items() if name != _CHECKSUM}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -139,7 +134,7 @@ def _not_as_listed(path: Path, record: Mapping) -> str:
     listed = record.get("files")
     if not isinstance(listed, dict):
         return f"{path.name} is missing or does not list its files"
-    if record.get(_CHECKSUM) != _content_checksum(record):
+    if record.get(_CHECKSUM) != content_checksum(record):
         return f"{path.name} is not as its checksum says"
     files = [(path.parent / name, checksum) for name, checksum in listed.items()]
     wrong = next((file.name for file, checksum in files if not file.is_file() or _checksum(file) != checksum), "")
