@@ -9,10 +9,13 @@ Every figure comes from one run on one machine, so only the ratios travel. Peak 
 method, over what it held before its first step: resident on a CPU, of tensors on a GPU. Floating-point operations are
 exact and the same on every machine; a pair is a picture with its caption, of which IVT makes three (its text levels).
 `--full-size` takes the papers' networks, ViT-B/16 at 384 x 128 pixels, from random weights.
+
+`--gallery PICTURES` measures building and searching a gallery instead, and prints CSV.
 """
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
@@ -26,6 +29,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import psutil
 import torch
 from torch import Tensor
 
@@ -33,12 +39,14 @@ from fmfa.data.datasets import open_dataset
 from fmfa.data.pairs import PairDataset
 from fmfa.devices import DEVICES, choose_device
 from fmfa.evaluation.cost import training_flops
+from fmfa.evaluation.evaluate import encode_captions, encode_images
+from fmfa.gallery import build_gallery, open_gallery
 from fmfa.models.clip import ClipRetriever
-from fmfa.models.outputs import Retriever
+from fmfa.models.outputs import Encoded, Retriever
 from fmfa.models.plain import plain_losses
 from fmfa.records import device_name
 from fmfa.simpedes.generate import generate, pictures, recipe
-from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, build_system
+from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, build_system, load_system
 from fmfa.training.batches import TableBatches
 from fmfa.training.config import TrainConfig
 from fmfa.training.optimizer import build_optimizer
@@ -205,6 +213,84 @@ def mean_flops(model: Retriever, batch: dict[str, Tensor], draws: int = 8) -> fl
     return statistics.mean(counts)
 
 
+class _Widened(Retriever):
+    """A model with its embeddings in more dimensions, at the same angles."""
+
+    def __init__(self, model: Retriever, size: int) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        own = model.config["backbone"]["embed_dim"]
+        drawn = torch.randn(size, own, generator=torch.Generator().manual_seed(0))
+        self.axes = torch.nn.Parameter(torch.linalg.qr(drawn)[0].T)
+
+    def encode_image(self, images: Tensor) -> Encoded:
+        found = self.model.encode_image(images)
+        return Encoded(found.tokens, found.embedding @ self.axes)
+
+    def encode_text(self, ids: Tensor, attention_mask: Tensor | None = None) -> Encoded:
+        found = self.model.encode_text(ids, attention_mask)
+        return Encoded(found.tokens, found.embedding @ self.axes)
+
+
+def gallery_costs(pictures: int, size: int = 512, folder: str | Path = "") -> pd.DataFrame:
+    """What building and searching a gallery of given vectors costs, on all cores that OpenMP uses.
+
+    The vectors are between those of pairs of test pictures of SimPEDES, as the shipped CLIP encodes them, in more
+    dimensions at the same angles; the queries are test captions, encoded before. One picture in 100 fits the filter.
+
+    Returns:
+        `figure`, `value`, `unit`.
+    """
+    folder, rng = Path(folder), np.random.default_rng(0)
+    data, system = open_dataset("SimPEDES"), load_system()
+    system = replace(system, model=_Widened(system.model, size))
+    rows = data.split("test")
+    seen = encode_images(system.model, [data.images / name for name in rows["image"].unique()], system.transform)
+    vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float16, (pictures, size))
+    for start in range(0, pictures, 20_000):
+        pair, share = rng.integers(0, len(seen), (2, 20_000)), rng.random((20_000, 1))
+        mixed = share * seen[pair[0]].numpy() + (1 - share) * seen[pair[1]].numpy()
+        vectors[start : start + 20_000] = mixed[: pictures - start]
+    names = [f"{number}.jpg" for number in range(pictures)]
+    pd.DataFrame({"path": names, "camera": np.arange(pictures) % 100}).to_csv(folder / "table.csv", index=False)
+    given, begun = str(folder / "vectors.npy"), time.perf_counter()
+    build_gallery(folder / "gallery", str(folder / "table.csv"), system, {"source": "", "model": {}}, vectors=given)
+    built = [("building", time.perf_counter() - begun, "s")]
+    queries = encode_captions(system.model, rows["caption"].sample(40, random_state=0).tolist(), system.tokenizer)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process, for its memory
+        return pd.DataFrame(
+            built + pool.apply(_search_costs, (folder / "gallery", queries)), columns=["figure", "value", "unit"]
+        )
+
+
+def _search_costs(folder: Path, queries: Tensor) -> list[tuple[str, float, str]]:
+    process = psutil.Process()
+    before, begun = process.memory_info().rss, time.perf_counter()
+    gallery = open_gallery(folder)
+    costs, found = [("opening", time.perf_counter() - begun, "s")], []
+    ways: dict[str, dict[str, Any]] = {
+        "exact": {"approximate": False},
+        "approximate": {"approximate": True},
+        "1 % by a filter": {"where": "camera = 7"},
+    }
+    for name, way in ways.items():
+        seconds, began = [], time.process_time()
+        for query in queries:
+            begun = time.perf_counter()
+            found.append(set(gallery.search(query, 10, **way)["path"]))
+            seconds.append(time.perf_counter() - begun)
+        cores = (time.process_time() - began) / len(queries)
+        for how, value in (
+            ("median", statistics.median(seconds)),
+            ("least", min(seconds)),
+            ("of all cores, mean", cores),
+        ):
+            costs.append((f"{name}, {how}", 1000 * value, "ms"))
+        costs.append((f"{name}, memory since the start", (process.memory_info().rss - before) / 2**30, "GiB"))
+    shared = [len(exact & near) for exact, near in zip(found, found[len(queries) :])][: len(queries)]
+    return [*costs, ("approximate, recall@10", statistics.mean(shared) / 10, "")]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the rendering rate, and each method's step against IRRA's."""
     parser = argparse.ArgumentParser(prog="python -m fmfa.benchmark", description="Time rendering and training steps.")
@@ -213,8 +299,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass")
     parser.add_argument("--method", choices=METHODS, help="measure this one alone and print JSON")
     parser.add_argument("--folder", help="with --method: of the pictures of --full-size, written if missing")
+    parser.add_argument("--gallery", type=int, default=0, metavar="PICTURES", help="measure a gallery of so many")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory(dir=options.folder if options.gallery else None) as own:
+        if options.gallery:
+            print(gallery_costs(options.gallery, folder=own).round(4).to_csv(index=False), end="")
+            return
         folder = (options.folder or own) if options.full_size else ""
         if options.method:
             print(json.dumps(step(options.method, folder=folder, device=options.device, precision=options.precision)))

@@ -1,14 +1,15 @@
 """Nearest vectors among millions: a first pass over 8-bit codes by FAISS, from which the exact best can be had.
 
 Vectors are centred, turned by a random rotation, which spreads the few large dimensions of CLIP over all of them, and
-rounded to int8. How far a cosine of codes can be from the vectors' own is bounded, so that a caller knows when the best
-are among what the first pass found. Codes lie ordered by k-means cells; the approximate search reads the nearest cells.
+rounded to int8. How far a cosine of codes is from the vectors' own is bounded, so that a caller knows when the best are
+among what the first pass found. Codes lie ordered by k-means cells; the approximate search reads the nearest cells.
 """
 
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,30 +73,30 @@ class Codes:
             probes: how many cells are read; 0: all.
 
         Returns:
-            int [take] vectors in no order, and a cosine that none of the others searched exceeds.
+            int [take] vectors in no order, and a cosine that none of the others searched exceeds, unless by an error
+            of more than six standard deviations: after the rotation, errors of length e have deviation e / sqrt(D).
         """
         turned = query @ self.rotation
         unit = max(np.abs(turned).max() / 127, 1e-12)
         code = np.rint(turned / unit)
+        threads = faiss.omp_get_max_threads()
         if places is not None:
-            chosen = np.sort(self.row[places])
-            blocks = [(part, self.rows[part]) for part in np.array_split(chosen, faiss.omp_get_max_threads())]
+            blocks = [(part, self.rows[part]) for part in np.array_split(np.sort(self.row[places]), threads)]
         else:
-            parts = np.linspace(0, len(self.rows), faiss.omp_get_max_threads() + 1).astype(int)
+            parts = np.linspace(0, len(self.rows), threads + 1).astype(int)
             spans: Iterable[tuple[int, int]] = pairwise(parts)
             if probes:
                 cells = np.argsort(-(self.centroids @ turned))[:probes]
                 spans = zip(self.bounds[cells], self.bounds[cells + 1])
             blocks = [(np.arange(start, end), self.rows[start:end]) for start, end in spans]
-        with ThreadPoolExecutor(
-            faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
-        ) as pool:
-            found = list(pool.map(lambda block: self._best(code, take, *block), blocks))
-        scores, rows = map(np.concatenate, zip(*found))
+        shares = [blocks[first::threads] for first in range(threads)]
+        found = _pool(threads).map(lambda share: [self._best(code, take, *block) for block in share], shares)
+        scores, rows = map(np.concatenate, zip(*(best for share in found for best in share)))
         best = np.argsort(-scores, kind="stable")[:take]
         if len(best) == sum(len(numbers) for numbers, _ in blocks):
             return self.vector[rows[best]], -np.inf
-        lost = self.error + np.linalg.norm(turned - unit * code) * (self.reach + self.error) + _SLACK
+        lost = self.error + np.linalg.norm(turned - unit * code) * (self.reach + self.error)
+        lost = lost * min(1, 6 / len(query) ** 0.5) + _SLACK
         return self.vector[rows[best]], float(scores[best[-1]] * unit * self.scale + query @ self.mean + lost)
 
     def _best(
@@ -109,6 +110,11 @@ class Codes:
         part.ntotal = len(rows)
         scores, found = part.search(code[None].astype(np.float32), min(take, len(rows)))
         return scores[0], numbers[found[0]]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
 
 
 def open_codes(folder: Path) -> Codes | None:
