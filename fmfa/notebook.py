@@ -36,7 +36,7 @@ QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connectio
 # A kernel ends with a killed runner by itself, but not while it starts.
 BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
-FOLDERS = ("root", "run", "runs", "folder", "results", "tuning", "away")
+FOLDERS = ("root", "cache", "run", "runs", "folder", "results", "tuning", "away")
 """Parameters that are paths."""
 FILES = ("weights", "text_weights", "backbone", "vocabulary")
 """Parameters that are paths or names of something that is fetched."""

@@ -4,7 +4,9 @@ Everything random about a sample derives from (seed, epoch, row), so that batche
 number of worker processes and training can resume anywhere.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -21,10 +24,13 @@ from fmfa.data.images import ImageTransform, resolve_image
 from fmfa.data.part_maps import PartMaps, spoken_parts
 from fmfa.data.sampling import EpochBatches
 from fmfa.errors import ConfigError
+from fmfa.files import flush, said_plainly
+from fmfa.progress import progress_bar
 from fmfa.text.bytepair import Tokenizer
 from fmfa.text.levels import swap_sides
 
 CACHE_LIMIT = 2**30  # bytes of resized pictures kept in memory
+READ_TOGETHER = 256  # pictures that are read before the first of them is written
 PADDED_WITH = {"masked_labels": 0, "token_parts": -1}  # and ids with the tokenizer's own padding
 Levels = Callable[[str, Mapping[str, Any], np.random.Generator], Sequence[Any]]
 OF_THE_PICTURE = ("image", "identity", "label", "split", "record", "held_out")
@@ -50,10 +56,11 @@ class PairDataset(Dataset):
         mask_probability: float = 0.15,
         levels: Levels | None = None,
         parts: PartMaps | None = None,
+        cache: str | Path = "",
     ) -> None:
         """Pairs of `table`, whose columns `image`, `caption` and `label` are read.
 
-        Up to 1 GiB of resized pictures are kept in memory.
+        Up to 1 GiB of resized pictures are kept in memory, or any number in a memory-mapped file in `cache`.
 
         Args:
             table: one row per caption, as `Dataset.split` gives it.
@@ -68,9 +75,12 @@ class PairDataset(Dataset):
                 first three of which are the word, phrase and sentence level. Each is paired with an
                 augmentation of its own.
             parts: true part maps of the rows, for oracles; not together with `levels`.
+            cache: folder for the resized pictures; empty: none. The file is made on first use, goes on where a kill
+                stopped it, and belongs to these pictures' paths, sizes and times of change and to this resize.
 
         Raises:
-            ConfigError: unknown `flip`, a mask probability outside [0, 1], or `parts` with `levels`.
+            ConfigError: unknown `flip`, a mask probability outside [0, 1], `parts` with `levels`, or a `cache` that
+                cannot be written.
             ImageError: an unreadable picture: here, or on access where the pictures are not kept in memory.
         """
         if flip not in ("mirror", "swap", "off"):
@@ -89,7 +99,7 @@ class PairDataset(Dataset):
         self._picture_of_row, names = pd.factorize(table["image"])
         self._paths = [resolve_image(images, name) for name in names]
         size = 3 * transform.size[0] * transform.size[1] * len(self._paths)
-        self._pictures = self._read_all() if size <= CACHE_LIMIT else None
+        self._pictures = self._read_once(Path(cache)) if cache else self._read_all() if size <= CACHE_LIMIT else None
         self._known = {} if levels else self._numbered_texts()
         self._known_ids = tokenizer(list(self._known))
         # Shared memory, so that worker processes that live on see the next epoch.
@@ -197,15 +207,51 @@ class PairDataset(Dataset):
         return picture[None], parts.as_subclass(Tensor)[None]
 
     def _read_all(self) -> Tensor:
-        pictures = torch.empty((len(self._paths), 3, *self.transform.size), dtype=torch.uint8)
+        return torch.stack(list(self._read(self._paths)))
 
-        def read(position: int) -> None:
-            pictures[position] = self.transform.read(self._paths[position])
-
+    def _read(self, paths: Sequence[Path]) -> Iterator[Tensor]:
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(read, range(len(self._paths))):
-                pass
-        return pictures
+            for start in range(0, len(paths), READ_TOGETHER):
+                yield from pool.map(self.transform.read, paths[start : start + READ_TOGETHER])
+
+    def _read_once(self, folder: Path) -> Tensor:
+        """The resized pictures, uint8 [N, 3, H, W], mapped from their file in `folder`."""
+        shape, paths = (len(self._paths), 3, *self.transform.size), self._paths
+        states = [(os.fspath(path), *_state(path)) for path in paths]
+        name = hashlib.sha256(repr((states, shape, self.transform.interpolation)).encode()).hexdigest()[:16]
+        path = folder / f"pictures-{name}.uint8"
+        if not path.is_file():
+            with said_plainly(f"{folder} cannot hold the resized pictures"):
+                folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder / ".lock"):  # another process of this training may be at work: wait for it
+                    if not path.is_file():
+                        self._write_all(path, int(np.prod(shape[1:])))
+        return torch.from_numpy(np.memmap(path, mode="c", dtype=np.uint8, shape=shape))
+
+    def _write_all(self, path: Path, size: int) -> None:
+        partial = path.with_suffix(".partial")
+        partial.touch()
+        done = partial.stat().st_size // size
+        with (
+            open(partial, "r+b") as file,
+            progress_bar(len(self._paths), "resizing pictures", "pictures", initial=done) as bar,
+        ):
+            file.truncate(done * size)
+            file.seek(done * size)
+            for picture in self._read(self._paths[done:]):
+                file.write(picture.numpy().tobytes())
+                bar.update()
+        flush(partial)
+        os.replace(partial, path)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change; zeros for a file that is not there, which reading will tell."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0) -> DataLoader:

@@ -68,6 +68,7 @@ class TableBatches:
             mask_probability=config.mask_rate if masked else 0.0,
             levels=levels,
             parts=PartMaps(self.table, dataset.require_truth(), tokenizer) if parts else None,
+            cache=config.cache,
         )
         self.loader: DataLoader = make_loader(self.pairs, self.batches, workers=config.workers)
 

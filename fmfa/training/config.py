@@ -80,6 +80,7 @@ class TrainConfig:
     seed: Seed = _setting(0, "of weights, sampling, augmentation, masking and dropout")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto uses a GPU if available")
     workers: Count = _setting(0, "loader processes")
+    cache: str = _setting("", 'folder for the pictures in the size that is trained on; "" = none is kept on disk')
     evaluate_every: Positive = _setting(1, "epochs between validations; the last is always validated")
     checkpoint_every: Count = _setting(0, "steps between checkpoints within an epoch; 0 = none")
     keep_epochs: bool = _setting(False, "keep the weights of every epoch, to tell what selecting on test would claim")

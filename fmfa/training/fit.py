@@ -25,7 +25,7 @@ from fmfa.training.config import TrainConfig
 from fmfa.training.loop import Batches, TrainingLoop
 
 CONFIG = "config.json"
-FREE = ("root", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
+FREE = ("root", "cache", "device", "workers", "checkpoint_every", "keep_epochs", "log_gradients_every", "tensorboard")
 """Settings that may change when a run is resumed: they do not touch the weights it ends with."""
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")

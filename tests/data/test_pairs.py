@@ -1,3 +1,4 @@
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -449,6 +450,32 @@ def test_unreadable_pictures_are_named(table, pictures, tokenizer, tmp_path, mon
     outside = table.assign(image="../x.png")
     with pytest.raises(ImageError, match=r"\.\."):
         PairDataset(outside, tmp_path, tokenizer, fmfa_training(SIZE), seed=0)
+
+
+def test_pictures_in_a_file_are_those_in_memory_and_a_killed_copy_goes_on(table, pictures, tokenizer, tmp_path):
+    for path in pictures.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cache = tmp_path / "a" / "cache"
+
+    def make(**options):
+        return PairDataset(table, tmp_path, tokenizer, fmfa_training(SIZE), seed=0, **options)
+
+    expected, size = make()._pictures, 3 * SIZE[0] * SIZE[1]
+    assert torch.equal(make(cache=cache)._pictures, expected)
+    [file] = cache.glob("pictures-*")
+    file.rename(file.with_suffix(".partial"))
+    os.truncate(file.with_suffix(".partial"), 2 * size + 5)  # two pictures and a part of the third
+    with open(file.with_suffix(".partial"), "r+b") as partial:
+        partial.write(b"\x07" * size)
+    gone_on = make(cache=cache)
+    assert (gone_on._pictures[0] == 7).all()  # what was written is not read again
+    assert torch.equal(gone_on._pictures[1:], expected[1:])
+    assert [path.name for path in cache.glob("pictures-*")] == [file.name]
+    os.utime(tmp_path / "3.png", (1, 1))
+    assert torch.equal(make(cache=cache)._pictures, expected)  # changed pictures have a file of their own
+    assert len(list(cache.glob("pictures-*"))) == 2
+    with pytest.raises(ConfigError, match="cannot hold the resized pictures"):
+        make(cache=tmp_path / "3.png" / "cache")
 
 
 def test_wrong_options_are_refused(dataset):
