@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import yaml
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, told
 from fmfa.evaluation.statistics import RowComparison, further_run, holm, holm_levels
 from fmfa.study.levels import published_gains
 from fmfa.study.results import CHANCE, SHUFFLED, Results, Rows, references
@@ -23,7 +24,6 @@ _SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), UN
            ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
            MISSING: ("was not run", "were not run")}  # fmt: skip
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
-SIDES = ("above", "below", "not above")
 
 
 def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
@@ -67,13 +67,13 @@ def claims_in_short(results: Results, table: pd.DataFrame, split: str = "test") 
         table: of `claims_table`.
         split: of the comparison.
     """
-    rows, told = results.rows(split), []
+    rows, parts = results.rows(split), []
     if not rows.runs:
         return "no run was evaluated."
     for verdict in VERDICTS:
         names = [claim.rstrip(".") for claim in table.loc[table["verdict"] == verdict, "claim"]]
         listed = f" ({'; '.join(names)})" if verdict in (HOLDS, FAILS) else ""
-        told += [f"{len(names)} {_SPOKEN[verdict][len(names) > 1]}{listed}"] if names else []
+        parts += [f"{len(names)} {_SPOKEN[verdict][len(names) > 1]}{listed}"] if names else []
     people, seeds = len(np.unique(rows.identity)), table.loc[table["seeds"] > 0, "seeds"]
     tested = results.own("identities", split)["tested_on"].iloc[0]
     counted = f", {seeds_in_words(seeds)} per row" if len(seeds) else ""
@@ -81,7 +81,7 @@ def claims_in_short(results: Results, table: pd.DataFrame, split: str = "test") 
     draw = " One seed is one draw: another training would give other numbers." if 1 in set(seeds) else ""
     return (
         f"{tested}, {len(rows.identity):,} queries of {people:,} identities{counted}. Of {len(table)} claims of the "
-        f"papers {', '.join(told)}{corrected}.{draw}"
+        f"papers {', '.join(parts)}{corrected}.{draw}"
     )
 
 
@@ -91,6 +91,24 @@ def seeds_in_words(counts: Sequence[int]) -> str:
     return f"{fewest} to {most} seeds" if fewest < most else f"{most} seed" + "s" * int(most > 1)
 
 
+def _one_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("must be one line of text")
+    return text
+
+
+_Line = Annotated[str, AfterValidator(_one_line)]
+
+
+class _Claim(BaseModel, extra="forbid"):
+    claim: _Line
+    row: _Line
+    minus: _Line
+    paper: _Line = ""
+    published: Annotated[list[str], Field(min_length=2, max_length=2)] = []  # two methods of published.csv
+    expected: Literal["above", "below", "not above"] | None = None
+
+
 def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
     """Read one kind of `data/claims.yml`: claim, row, minus and, where given, paper, published and expected.
 
@@ -98,34 +116,15 @@ def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
         ConfigError: no such kind, or the file is missing, not YAML, or holds something else than such claims.
     """
     try:
-        known = yaml.load(CLAIMS.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # every value is text
+        content = yaml.load(CLAIMS.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # every value is text
+        known = TypeAdapter(dict[str, Annotated[list[_Claim], Field(min_length=1)]]).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(f"{CLAIMS}, {told(error)}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{CLAIMS} cannot be read as YAML ({type(error).__name__}: {error})") from error
-    if not isinstance(known, dict) or kind not in known:
-        kinds = ", ".join(map(str, known)) if isinstance(known, dict) else "no kinds"
-        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {kinds}")
-    if not isinstance(known[kind], list) or not known[kind]:
-        raise ConfigError(f"{CLAIMS}, {kind}: expected a list of claims")
-    for number, claim in enumerate(known[kind], start=1):
-        if wrong := _wrong_in_claim(claim):
-            raise ConfigError(f"{CLAIMS}, {kind}, entry {number}: {wrong}")
-    return known[kind]
-
-
-def _wrong_in_claim(claim: Any) -> str:
-    """What keeps an entry from being a claim; "" for nothing."""
-    fields = {"claim", "row", "minus"}
-    if not isinstance(claim, dict) or not fields <= set(claim) <= fields | {"paper", "published", "expected"}:
-        return "expected claim, row, minus and perhaps paper, published, expected"
-    methods = claim.get("published", ["", ""])
-    if not isinstance(methods, list) or len(methods) != 2 or not all(isinstance(name, str) for name in methods):
-        return "published must be a list of two methods of published.csv"
-    for name in claim.keys() - {"published"}:
-        if not isinstance(claim[name], str) or not claim[name].strip() or not claim[name].isprintable():
-            return f"{name} must be one line of text"
-    if claim.get("expected", SIDES[0]) not in SIDES:
-        return f"expected is {claim['expected']!r}; it must be {', '.join(SIDES)}"
-    return ""
+    if kind not in known:
+        raise ConfigError(f"kind is {kind!r}; {CLAIMS.name} has {', '.join(known) or 'no kinds'}")
+    return [claim.model_dump(exclude_unset=True) for claim in known[kind]]
 
 
 def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None)
     line |= difference_columns(compared)
     single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
     other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
-    if other in rows.runs:
+    if other and other in rows.runs:
         line |= _beside_further_run(rows, single[0], other)
     return line
 

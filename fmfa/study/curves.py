@@ -9,7 +9,7 @@ import pandas as pd
 from fmfa.errors import ConfigError
 from fmfa.evaluation.statistics import further_run, hierarchical_interval
 from fmfa.models.objectives import objectives
-from fmfa.study.results import METRICS, Results
+from fmfa.study.results import METRICS, Results, Rows
 from fmfa.training.config import TrainConfig
 
 OWN = "own"
@@ -27,20 +27,23 @@ def sensitivity_table(results: Results, split: str = "test", seed: int = 0) -> p
         (`fmfa.evaluation.statistics.further_run`): what one seed of a point must leave to mean anything. Empty without
         a curve.
     """
-    queries, lines = results.queries(split), []
+    queries, lines, levels = results.queries(split), [], Rows({}, {})
     runs = results.runs[results.runs["run"].isin(queries)]
     points = runs[runs["point"].map(len) == 1]
     points = points.assign(value=[float(*point.values()) for point in points["point"]])
     for curve, part in points.groupby("curve"):
         for (value, row), point in part.groupby(["value", "row"]):
-            level = _level([queries[run] for run in point["run"]], seed)
-            lines.append({"curve": curve, "row": row, "value": value, OWN: False} | level)
+            for run in point.itertuples():
+                levels.add(row, run.seed, queries[run.run])
+            lines.append({"curve": curve, "row": row, "value": value, OWN: False} | _level(levels, row, seed))
         value, config = part[["value", "config"]].iloc[-1]
-        own = [queries[run] for run in runs.loc[runs["row"] == config.get("method"), "run"]]
-        if own:
-            low, high = further_run(np.stack([hits[METRICS[0]].to_numpy(dtype=np.float64) for hits in own]))
-            lines.append({"curve": curve, "row": config["method"], "value": own_value(config, value), OWN: True,
-                          "further_low": 100 * low, "further_high": 100 * high} | _level(own, seed))  # fmt: skip
+        own = runs[runs["row"] == (method := config.get("method"))]
+        for run in own.itertuples():
+            levels.add(method, run.seed, queries[run.run])
+        if len(own):
+            low, high = 100 * np.array(further_run(levels.values(method)))
+            line = {"curve": curve, "row": method, "value": own_value(config, value), OWN: True}
+            lines.append(line | {"further_low": low, "further_high": high} | _level(levels, method, seed))
     names = ["curve", "row", "value", OWN, "seeds", "queries", "estimate", "low", "high", "further_low", "further_high"]
     return pd.DataFrame(lines, columns=names).sort_values(["curve", "value"], kind="stable", ignore_index=True)
 
@@ -82,8 +85,7 @@ def grid_table(results: Results, split: str = "test") -> pd.DataFrame:
     return table.groupby(keys, as_index=False).agg({"seeds": "sum"} | dict.fromkeys(values, "mean"))
 
 
-def _level(runs: list[pd.DataFrame], seed: int) -> dict[str, float]:
-    hits = np.stack([run[METRICS[0]].to_numpy(dtype=np.float64) for run in runs])
-    found = hierarchical_interval(100 * hits, runs[0]["identity"].to_numpy(), np.random.default_rng(seed))
-    return {"seeds": len(hits), "queries": hits.shape[1], "estimate": found.estimate, "low": found.low,
+def _level(rows: Rows, row: str, seed: int) -> dict[str, float]:
+    found = hierarchical_interval(100 * rows.values(row), rows.identity, np.random.default_rng(seed))
+    return {"seeds": len(rows.runs[row]), "queries": len(rows.identity), "estimate": found.estimate, "low": found.low,
             "high": found.high}  # fmt: skip

@@ -3,19 +3,18 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from fmfa.data.annotations import Dataset
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, told
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
-from fmfa.evaluation.statistics import compare_rows, hierarchical_interval
-from fmfa.study.results import CEILING, CHANCE, METRICS, SAME, Level, Results, each_query, references
+from fmfa.study.results import CEILING, CHANCE, METRICS, Level, Results, Rows, each_query, references
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "published.csv"
-_Runs = dict[int, pd.DataFrame]  # queries by training seed
 
 
 def result_table(systems: dict[str, Evaluation], dataset: Dataset, split: str) -> pd.DataFrame:
@@ -157,29 +156,31 @@ def published_gains(first: str, second: str) -> pd.Series:
     return (r1[first] - r1[second]).dropna().rename("R@1 difference") if known else pd.Series(dtype=float)
 
 
+class _Published(BaseModel):
+    dataset: Annotated[str, Field(pattern=r"\S")]
+    method: Annotated[str, Field(pattern=r"\S")]
+    initialisation: Annotated[str, Field(pattern=r"\S")]
+    R1: Annotated[float, Field(ge=0, le=100)]
+
+
 def read_published() -> pd.DataFrame:
     """Read `data/published.csv`: dataset, method, initialisation and R1 (percent).
 
     Raises:
-        ConfigError: the file is missing or no CSV; a column is missing; a name is empty, a line is there twice, or R1
-            is no percentage.
+        ConfigError: the file is missing or no such CSV; a name is empty, a line is there twice, or R1 is no percentage.
     """
-    names = ["dataset", "method", "initialisation"]
+    lines = Annotated[list[_Published], Field(min_length=1)]
     try:
         with PUBLISHED.open(encoding="utf-8", newline="") as file:
-            table = pd.DataFrame(csv.DictReader(file, restkey="more", restval="", strict=True))
-        long = table["more"].notna() if "more" in table else False
-        table = table[[*names, "R1"]]
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise ConfigError(f"{PUBLISHED} cannot be read as a table of {', '.join(names)} and R1 ({error})") from error
-    table["R1"] = pd.to_numeric(table["R1"], errors="coerce")
-    named = table[names].map(str.strip).ne("").all(axis=1)
-    wrong = long | ~named | ~table["R1"].between(0, 100) | table.duplicated(names)
-    if wrong.any() or table.empty:
-        raise ConfigError(
-            f"{PUBLISHED}, entry {int(wrong.argmax()) + 1 if len(wrong) else 1}: expected {', '.join(names)}, each "
-            "combination once, R1 from 0 to 100, and no more columns than in the first line"
-        )
+            # more cells than in the first line become R1, which is no number then
+            known = TypeAdapter(lines).validate_python(list(csv.DictReader(file, restkey="R1", strict=True)))
+    except ValidationError as error:
+        raise ConfigError(f"{PUBLISHED}, entry {told(error)}") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{PUBLISHED} cannot be read as CSV ({error})") from error
+    table = pd.DataFrame([line.model_dump() for line in known])
+    if (twice := table.duplicated(["dataset", "method", "initialisation"])).any():
+        raise ConfigError(f"{PUBLISHED}, entry {int(twice.argmax())}: the same data set, method and weights as before")
     return table
 
 
@@ -200,39 +201,29 @@ def cross_domain_table(results: Sequence[Results], split: str = "test", seed: in
     Raises:
         ConfigError: no evaluated run, or two evaluations of a test set on different queries.
     """
-    found: dict[tuple[str, str, str], _Runs] = {}
-    first: dict[str, pd.DataFrame] = {}
+    tests: dict[str, Rows] = {}  # by test set, the rows by name and training set
     for one in results:
         table = one.identities
         table = table[(table["of"] == "run") & (table["split"] == split) & table["run"].isin(one.compared()["run"])]
         for (row, number, home, away), part in table.groupby(["row", "seed", "trained_on", "tested_on"]):
-            queries = each_query(part)
-            if not queries[SAME].equals(first.setdefault(away, queries)[SAME]):
-                raise ConfigError(
-                    f"{row}-{number} was evaluated on other queries of {away} than the rest: keep them apart"
-                )
-            found.setdefault((row, home, away), {})[number] = queries
-    if not found:
+            tests.setdefault(away, Rows({}, {})).add((row, home), number, each_query(part))
+    if not tests:
         raise ConfigError(f"no run was evaluated on {split}: run notebooks/04_evaluate.ipynb first")
-    travelled = {row for row, home, away in found if home != away}
-    return pd.DataFrame([_line(found, *key, seed) for key in sorted(found) if key[0] in travelled])
+    travelled = {row for away, rows in tests.items() for row, home in rows.runs if home != away}
+    places = sorted((row, home, away) for away, rows in tests.items() for row, home in rows.runs if row in travelled)
+    return pd.DataFrame([_line(tests, *place, seed) for place in places])
 
 
-def _line(found: dict[tuple[str, str, str], _Runs], row: str, home: str, away: str, seed: int) -> dict:
-    here = found[row, home, away]
-    identity = next(iter(here.values()))["identity"].to_numpy()
-    level = hierarchical_interval(_values(here, sorted(here)), identity, np.random.default_rng(seed))
-    line = {"row": row, "trained on": home, "tested on": away, "seeds": len(here), "queries": len(identity),
-            "R@1": 100 * level.estimate, "low": 100 * level.low, "high": 100 * level.high}  # fmt: skip
-    native = found.get((row, away, away), {}) if home != away else {}
-    drop = dict.fromkeys(("drop", "drop_low", "drop_high"), np.nan)
-    if shared := sorted(here.keys() & native.keys()):
-        generator = np.random.default_rng(seed)
-        lost = compare_rows(_values(native, shared), _values(here, shared), identity, generator).difference
-        drop = {"drop": 100 * lost.estimate, "drop_low": 100 * lost.low, "drop_high": 100 * lost.high}
-    own = found.get((row, home, home), {})
-    return line | drop | {"own": 100 * _values(own, sorted(own)).mean() if own else np.nan}
-
-
-def _values(runs: _Runs, seeds: Sequence[int]) -> np.ndarray:
-    return np.stack([runs[seed][METRICS[0]].to_numpy(dtype=np.float64) for seed in seeds])
+def _line(tests: dict[str, Rows], row: str, home: str, away: str, seed: int) -> dict[str, Any]:
+    rows = tests[away]
+    level = rows.mean((row, home), seed=seed)
+    line = {"row": row, "trained on": home, "tested on": away, "seeds": len(rows.runs[row, home]),
+            "queries": len(rows.identity), "R@1": 100 * level.estimate, "low": 100 * level.low,
+            "high": 100 * level.high}  # fmt: skip
+    lost = rows.compare((row, away), (row, home), seed=seed) if home != away else None
+    line |= dict.fromkeys(("drop", "drop_low", "drop_high"), np.nan)
+    if lost:
+        drop = lost.difference
+        line |= {"drop": 100 * drop.estimate, "drop_low": 100 * drop.low, "drop_high": 100 * drop.high}
+    own = tests[home].runs.get((row, home)) if home in tests else None
+    return line | {"own": 100 * tests[home].values((row, home)).mean() if own else np.nan}

@@ -52,36 +52,32 @@ def pooled_components(table: pd.DataFrame) -> tuple[Components, float]:
     return Components(*variances), float((table["queries"] / table["identities"]).mean())
 
 
-def power_table(
-    table: pd.DataFrame, seeds: Sequence[int] = SEEDS, identities: Sequence[int] = IDENTITIES
-) -> pd.DataFrame:
+def power_table(table: pd.DataFrame, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
     """Smallest difference of two rows (points of R@1) that a design sees with 80 % power at 5 %.
 
     Args:
         table: of `components_table`; its pairs are pooled, its queries an identity are kept.
-        seeds: trainings of each row, one line each.
-        identities: of the test set, one column each; the table's own number is added.
+        seeds: trainings of each row, one line each. Columns are numbers of test identities, also the table's own.
     """
     components, queries = pooled_components(table)
-    columns = sorted({*identities, int(table["identities"].iloc[0])})
+    columns = sorted({*IDENTITIES, int(table["identities"].iloc[0])})
     found = [[smallest_difference(components, s, people, queries) for people in columns] for s in seeds]
     names = [f"{people:,} identities" for people in columns]
     return pd.DataFrame(found, index=pd.Index(seeds, name="seeds"), columns=names)
 
 
-def gains_table(table: pd.DataFrame, identities: Sequence[int] = IDENTITIES) -> pd.DataFrame:
+def gains_table(table: pd.DataFrame) -> pd.DataFrame:
     """Seeds of each row that FMFA's published gains over IRRA would need, by number of test identities.
 
     Args:
         table: of `components_table`.
-        identities: of the test set, one column each; the table's own number is added.
 
     Returns:
         One line per published gain (points of R@1 on real data, not measured here), the smallest first. "never" where
         10,000 seeds do not suffice, because too few identities remain the limit.
     """
     components, queries = pooled_components(table)
-    columns = sorted({*identities, int(table["identities"].iloc[0])})
+    columns = sorted({*IDENTITIES, int(table["identities"].iloc[0])})
     gains = gains_of_fmfa().reset_index(name="published gain")
     for people in columns:
         needed = [seeds_needed(gain, components, people, queries) for gain in gains["published gain"]]

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,8 @@ def write_evaluation(
         for name, table in tables.items():
             with whole_file(folder / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.6g")
-        _list_files(folder, split, record, [f"{name}.csv" for name in tables])
-
-
-def _list_files(folder: Path, split: str, record: Mapping, names: Iterable[str]) -> None:
-    content = {**record, "files": {name: _checksum(folder / name) for name in names}}
-    write_json(folder / f"{_EVALUATION}-{split}.json", content | {_CHECKSUM: content_checksum(content)})
+        content = record | {"files": {f"{name}.csv": _checksum(folder / f"{name}.csv") for name in tables}}
+        write_json(folder / f"{_EVALUATION}-{split}.json", content | {_CHECKSUM: content_checksum(content)})
 
 
 def _checksum(path: Path) -> str:
@@ -202,16 +198,11 @@ class Results:
         """
         queries, starts, names = self.queries(split, of), self.queries(split, ZERO_SHOT), start_names(self.runs)
         rows = Rows({}, {})
-        first = None
         for run in self.compared().itertuples():
             if run.run not in queries:
                 continue
-            table = queries[run.run]
-            first = first or (run.run, table[SAME])
-            if not table[SAME].equals(first[1]):
-                raise ConfigError(f"{run.run} was evaluated on other queries than {first[0]}: keep them apart")
-            rows.runs.setdefault(run.row, {})[run.seed] = table
-            if run.run in starts and run.run in names and starts[run.run][SAME].equals(first[1]):
+            rows.add(run.row, run.seed, queries[run.run])
+            if run.run in starts and run.run in names and starts[run.run][SAME].equals(queries[run.run][SAME]):
                 rows.starts.setdefault(names[run.run], starts[run.run])
         return rows
 
@@ -475,8 +466,16 @@ class Rows:
         starts: of the starting weights, which have no seed, by name (see `start_names`).
     """
 
-    runs: dict[str, dict[int, pd.DataFrame]]
+    runs: dict[Any, dict[int, pd.DataFrame]]
     starts: dict[str, pd.DataFrame]
+
+    def add(self, row: Hashable, seed: int, queries: pd.DataFrame) -> None:
+        """Add a run; ConfigError if it was evaluated on other queries than those before."""
+        first = next((run for seeds in self.runs.values() for run in seeds.values()), queries)
+        if not queries[SAME].equals(first[SAME]):
+            name, other = queries["run"].iloc[0], first["run"].iloc[0]
+            raise ConfigError(f"{name} was evaluated on other queries than {other}: keep them apart")
+        self.runs.setdefault(row, {})[seed] = queries
 
     @property
     def identity(self) -> np.ndarray:
@@ -488,16 +487,16 @@ class Rows:
         """The rows, then the starting weights."""
         return [*self.runs, *self.starts]
 
-    def values(self, row: str, metric: str = "R@1") -> np.ndarray:
+    def values(self, row: Hashable, metric: str = "R@1") -> np.ndarray:
         """Values of a row, float [S, Q], in order of its seeds; one line for starting weights."""
         runs = [self.starts[row]] if row in self.starts else [run for _, run in sorted(self.runs[row].items())]
         return np.stack([run[metric].to_numpy(dtype=np.float64) for run in runs])
 
-    def mean(self, row: str, metric: str = "R@1", seed: int = 0) -> Interval:
+    def mean(self, row: Hashable, metric: str = "R@1", seed: int = 0) -> Interval:
         """Mean of a row with its 95 % interval over seeds and identities, as fractions."""
         return hierarchical_interval(self.values(row, metric), self.identity, np.random.default_rng(seed))
 
-    def pair(self, first: str, second: str, metric: str = "R@1") -> tuple[np.ndarray, np.ndarray] | None:
+    def pair(self, first: Hashable, second: Hashable) -> tuple[np.ndarray, np.ndarray] | None:
         """Values of two rows for the seeds that both have; None where a row was not run or no seed is shared."""
         if not {first, second} <= set(self.names):
             return None
@@ -505,14 +504,14 @@ class Rows:
         trained = [set(found) for found in seeds if found]
         shared = set.intersection(*trained) if trained else set()
         sides = [
-            self.values(row, metric)[[seed in shared for seed in found] if found else [0]]
+            self.values(row)[[seed in shared for seed in found] if found else [0]]
             for row, found in zip((first, second), seeds, strict=True)
         ]
         return (sides[0], sides[1]) if len(sides[0]) and len(sides[1]) else None
 
-    def compare(self, first: str, second: str, metric: str = "R@1", seed: int = 0) -> RowComparison | None:
+    def compare(self, first: Hashable, second: Hashable, seed: int = 0) -> RowComparison | None:
         """Compare two rows, `first` minus `second`, over the seeds that both have; None as in `pair`."""
-        found = self.pair(first, second, metric)
+        found = self.pair(first, second)
         return compare_rows(*found, self.identity, np.random.default_rng(seed)) if found else None
 
 

@@ -188,7 +188,7 @@ def test_the_figure_has_a_panel_a_test_set(tmp_path):
 def test_other_queries_or_none_are_refused(tmp_path):
     street, station = study(tmp_path)
     evaluated(station / "fmfa-0", first(14), STATION, identities=5)
-    with pytest.raises(ConfigError, match="other queries of SimPEDES-station"):
+    with pytest.raises(ConfigError, match="fmfa-0 was evaluated on other queries than"):
         cross_domain_table([read_results(street), read_results(station)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no run was evaluated on test"):
