@@ -63,15 +63,14 @@ def guess_word(system: System, image: Tensor, captions: Sequence[str], pair: int
         ValueError: the word is not a token of the caption.
     """
     ids = system.tokenizer([captions[pair]])
-    chosen = torch.zeros_like(ids, dtype=torch.bool)
-    chosen[0, system.tokenizer.decode(ids[0].tolist()).index(word)] = True
-    masked = ids.masked_fill(chosen, system.tokenizer.mask_id)
+    place = torch.tensor([[system.tokenizer.decode(ids[0].tolist()).index(word)]])
+    masked = ids.scatter(1, place, system.tokenizer.mask_id)
     model = system.model
     assert isinstance(model, ClipRetriever)
     assert model.irr is not None
     text = model.encode_text(masked, positions=ids.shape[1]).tokens
     pictures = torch.stack([image[pair], image.mean(dim=0), image[pair - 1]])
-    logits = model.irr(text.expand(3, -1, -1), pictures, chosen.expand(3, -1))
+    logits = model.irr(text.expand(3, -1, -1), pictures, place.expand(3, -1))[:, 0]
     index = pd.Index(system.tokenizer.decode(range(model.clip.vocab_size)), name="token")
     table = pd.DataFrame(
         logits.softmax(dim=1).T.double().numpy(), index, ["own picture", "mean picture", "another's picture"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fmfa.errors import ConfigError
 
 COSTS = ("paper", "released", "literal")
 KEEPS = (">=", ">")
-CHUNK_ELEMENTS = 2**22  # cosines held at a time when no chunk size is given: 16 MiB in float32
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # cosines held at a time when no chunk size is given
 
 
 def sparsify(similarity: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Tensor:
@@ -84,9 +84,10 @@ def pooled_similarity(
 ) -> Tensor:
     """Similarity of every item's tokens with every pair's joint embeddings ("hard coding").
 
-    S_ij = (1/sharpness) log sum_n exp(sharpness * max_l cosine(tokens_in, joint_jl)). Rows i are computed
-    in chunks, and each chunk's [chunk, N, B, L] cosines are computed again in the backward pass, so that
-    memory does not grow with B * B * N * L.
+    S_ij = (1/sharpness) log sum_n exp(sharpness * max_l cosine(tokens_in, joint_jl)). Some pairs j are compared at a
+    time; only the best l of each (i, n, j) is kept for the backward pass, so that memory does not grow with
+    B * B * N * L. On a CPU pairs are taken by their length and padding is left out; elsewhere shapes do not depend on
+    the values of the masks.
 
     Args:
         tokens: [B, N, D], text tokens or patch tokens.
@@ -94,23 +95,67 @@ def pooled_similarity(
         token_mask: [B, N] bool, positions that count; None counts all. At least one of each row.
         joint_mask: [B, L] bool, likewise.
         sharpness: lambda of the log-sum-exp pooling.
-        chunk: rows at a time; 0 picks a number that keeps a chunk near `CHUNK_ELEMENTS` cosines.
+        chunk: pairs at a time; 0 picks a number that keeps a chunk near `CHUNK_ELEMENTS` cosines.
 
     Returns:
         [B, B].
     """
     tokens, joint = F.normalize(tokens, dim=-1), F.normalize(joint, dim=-1)
-    chunk = chunk or max(1, CHUNK_ELEMENTS // (tokens.shape[1] * joint.shape[0] * joint.shape[1]))
-    rows = []
-    for start in range(0, len(tokens), chunk):
-        mask = None if token_mask is None else token_mask[start : start + chunk]
-        block = (tokens[start : start + chunk], joint, mask, joint_mask, sharpness)
-        rows.append(
-            checkpoint(_pool_block, *block, use_reentrant=False, preserve_rng_state=False)
-            if torch.is_grad_enabled()
-            else _pool_block(*block)
-        )
-    return torch.cat(rows)
+    if torch.is_autocast_enabled(tokens.device.type):
+        tokens, joint = (t.to(torch.get_autocast_dtype(tokens.device.type)) for t in (tokens, joint))
+    pairs, length = joint.shape[:2]
+    lengths, order, rows = [length] * pairs, None, tokens.flatten(0, 1)
+    if joint_mask is not None:
+        # a position that does not count repeats the pair's first that does, which changes no maximum
+        first = joint_mask.int().argmax(dim=1)
+        counted = torch.where(joint_mask, torch.arange(length, device=joint.device), first[:, None])
+        if joint.device.type == "cpu":
+            ends = (counted.amax(dim=1) + 1).sort()
+            lengths, order = ends.values.tolist(), ends.indices
+            joint, counted = joint[order], counted[order]
+        joint = joint.gather(1, counted[:, :, None].expand_as(joint))
+    if token_mask is not None and tokens.device.type == "cpu":
+        rows = tokens[token_mask]
+    chunk = chunk or max(1, CHUNK_ELEMENTS.get(rows.device.type, 2**20) // (len(rows) * length))
+    best = _BestMatch.apply(rows, joint, lengths, chunk) * sharpness  # [T, B]
+    if best.dtype in (torch.float16, torch.bfloat16):
+        best = best.float()
+    if len(rows) < tokens.shape[0] * tokens.shape[1]:
+        best = best.new_full((*tokens.shape[:2], pairs), float("-inf")).masked_scatter(token_mask[:, :, None], best)
+    else:
+        best = best.unflatten(0, tokens.shape[:2])
+        if token_mask is not None:
+            best = best.masked_fill(~token_mask[:, :, None], float("-inf"))
+    similarity = best.logsumexp(dim=1) / sharpness
+    return similarity if order is None else similarity[:, order.argsort()]
+
+
+class _BestMatch(torch.autograd.Function):
+    """Largest product of each row [T, D] with the first `lengths[j]` vectors of each of joint [B, L, D]: [T, B]."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, joint: Tensor, lengths: list[int], chunk: int) -> Tensor:
+        ctx.blocks = [slice(start, start + chunk) for start in range(0, len(joint), chunk)]
+        ctx.lengths = [max(lengths[block]) for block in ctx.blocks]
+        found = [
+            (rows @ joint[block, :length].flatten(0, 1).T).unflatten(1, (-1, length)).max(dim=2)
+            for block, length in zip(ctx.blocks, ctx.lengths, strict=True)
+        ]
+        ctx.save_for_backward(rows, joint, torch.cat([part.indices for part in found], dim=1).int())
+        return torch.cat([part.values for part in found], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, joint, place = ctx.saved_tensors
+        to_rows, to_joint = torch.zeros_like(rows), torch.zeros_like(joint)
+        for block, length in zip(ctx.blocks, ctx.lengths, strict=True):
+            chosen = gradient[:, block, None]
+            spread = chosen.new_zeros(*chosen.shape[:2], length)
+            spread = spread.scatter_(2, place[:, block, None].long(), chosen).flatten(1)  # [T, c * length]
+            to_rows.addmm_(spread, joint[block, :length].flatten(0, 1))
+            to_joint[block, :length] = (spread.T @ rows).unflatten(0, (-1, length))
+        return to_rows, to_joint, None, None
 
 
 def ranking_cost(similarity: Tensor, identity: Tensor, *, margin: float, cost: str = "paper") -> Tensor:
@@ -191,22 +236,6 @@ def efa(
         ranking_cost(by_text, identity, margin=margin_text, cost=cost),
         ranking_cost(by_image, identity, margin=margin_image, cost=cost),
     )
-
-
-def _pool_block(
-    tokens: Tensor, joint: Tensor, token_mask: Tensor | None, joint_mask: Tensor | None, sharpness: float
-) -> Tensor:
-    pairs, length, width = joint.shape
-    # [c, N, D] x [B*L, D] -> [c, N, B, L]
-    cosine = (tokens @ joint.reshape(pairs * length, width).T).unflatten(-1, (pairs, length))
-    if joint_mask is not None:
-        cosine = cosine.masked_fill(~joint_mask, float("-inf"))
-    best = cosine.max(dim=-1).values * sharpness
-    if best.dtype in (torch.float16, torch.bfloat16):
-        best = best.float()
-    if token_mask is not None:
-        best = best.masked_fill(~token_mask[:, :, None], float("-inf"))
-    return best.logsumexp(dim=1) / sharpness
 
 
 def _log_sum(gap: Tensor, negative: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fmfa.errors import ConfigError
 
 ASDM_FORMS = ("paper", "released")
+IGNORED = -100  # a label that adds nothing to `masked_token_loss`
 
 
 def cosine_similarity(text: Tensor, image: Tensor) -> Tensor:
@@ -162,13 +163,13 @@ def masked_token_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Sum (not mean) of the cross entropies of masked positions, so that processes can share one mean.
 
     Args:
-        logits: [M, V], of the masked positions only; M may be 0, which gives 0 with a zero gradient.
-        label: [M] int64 token ids.
+        logits: [M, V]; M may be 0, which gives 0 with a zero gradient.
+        label: [M] int64 token ids; `IGNORED` adds nothing.
 
     Returns:
         A scalar.
     """
-    return F.cross_entropy(_full(logits), label, reduction="sum")
+    return F.cross_entropy(_full(logits), label, reduction="sum", ignore_index=IGNORED)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fmfa.losses import matching as losses
 from fmfa.losses.efa import efa, group_patches
 from fmfa.losses.grounding import grounding_hits, grounding_loss, phrase_targets, token_patch_cosine
 from fmfa.models.backbone import backbone_config, build_clip
+from fmfa.models.blocks import attend, run_blocks
 from fmfa.models.distributed import gather, largest, total, world_size
 from fmfa.models.objectives import Objectives
 from fmfa.models.outputs import Encoded, ModelOutput, Retriever
@@ -30,11 +31,16 @@ class TokenEncoder(Retriever):
 
     clip: CLIP | CustomTextCLIP
 
-    def encode_image(self, images: Tensor) -> Encoded:
+    def encode_image(self, images: Tensor, *, tokens: bool = True) -> Encoded:
         """Encode images, float [B, 3, H, W] normalised.
 
+        Args:
+            images: of the model's size.
+            tokens: whether every token is wanted, or only those that make the embedding.
+
         Returns:
-            tokens [B, 1+N, D] (final LayerNorm and projection at every position), embedding [B, D].
+            tokens [B, 1+N, D] (final LayerNorm and projection at every position; [B, 1, D] of the class token alone
+            without `tokens` where that suffices), embedding [B, D].
 
         Raises:
             ConfigError: images of another size than the model's.
@@ -45,14 +51,10 @@ class TokenEncoder(Retriever):
                 f"images of {tuple(images.shape[-2:])} pixels (height, width); the model was built for "
                 f"{tuple(visual.image_size)}: resize the images or build the model for their size"
             )
-        output = visual.forward_intermediates(
-            images.to(visual.conv1.weight.dtype),
-            indices=1,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        hidden = torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
+        images = images.to(visual.conv1.weight.dtype)
+        alone = not tokens and visual.pool_type != "avg"
+        positions = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device) if alone else None
+        hidden = run_blocks(visual.transformer, visual._embeds(images), positions=positions)
         tokens = visual.ln_post(hidden) @ visual.proj.to(hidden.dtype)  # [B, 1+N, width] -> [B, 1+N, D]
         if visual.pool_type != "avg":
             return Encoded(tokens, tokens[:, 0])
@@ -62,7 +64,12 @@ class TokenEncoder(Retriever):
         return Encoded(tokens, tokens[:, 1:].mean(dim=1))
 
     def encode_text(
-        self, ids: Tensor, attention_mask: Tensor | None = None, *, positions: int | None = None
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: int | None = None,
+        tokens: bool = True,
     ) -> Encoded:
         """Encode captions, int64 [B, context length].
 
@@ -73,24 +80,27 @@ class TokenEncoder(Retriever):
             ids: token ids.
             attention_mask: not used: a CLIP text tower finds the end token itself.
             positions: how many context positions to run and return; None takes `longest_caption`.
+            tokens: whether every token is wanted, or only the one that is the embedding.
 
         Returns:
-            tokens [B, L, D] (final LayerNorm and projection at every position), embedding [B, D] at the
-            end token.
+            tokens [B, L, D] (final LayerNorm and projection at every position; [B, 1, D] without `tokens`), embedding
+            [B, D] at the end token.
         """
         tower = getattr(self.clip, "text", self.clip)
         length = int(self.longest_caption(ids)) if positions is None else positions
         ids = ids[:, :length]
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
-        x = tower.ln_final(tower.transformer(x, attn_mask=mask))  # [B, L, width]
+        alone = not tokens and self._pool_type in ("argmax", "eos")
+        ends = self.end_positions(ids)[:, None] if alone else None
+        x = run_blocks(tower.transformer, x, causal=tower.attn_mask is not None, positions=ends)
+        x = tower.ln_final(x)  # [B, L, width]
         projection = tower.text_projection
         if isinstance(projection, nn.Linear):
             x = projection(x)
         elif projection is not None:
             x = x @ projection.to(x.dtype)  # [B, L, D]
-        return Encoded(x, text_global_pool(x, ids, self._pool_type, self._end_id))
+        return Encoded(x, x[:, 0] if alone else text_global_pool(x, ids, self._pool_type, self._end_id))
 
     def longest_caption(self, ids: Tensor) -> Tensor:
         """Positions that the text tower needs for the embeddings of `ids` [B, L], an int64 scalar.
@@ -218,12 +228,14 @@ class ClipRetriever(TokenEncoder):
         read = "masked_ids" if wanted.retrieval_sees_mask else "caption_ids"
         self._require(batch, "images", "labels", read)
         together = wanted.irr > 0 and wanted.retrieval_sees_mask
-        image = self.encode_image(batch["images"])
+        patches = bool(wanted.irr or wanted.efa or wanted.grounding)
+        image = self.encode_image(batch["images"], tokens=patches)
         ids = batch[read]
         everywhere = together or wanted.needs_all_positions
         # ranks exchange text tokens, so they need one length
         length = ids.shape[1] if everywhere else int(largest(self.longest_caption(ids)))
-        text = self.encode_text(ids, positions=length)
+        words = together or bool(wanted.efa or wanted.grounding)
+        text = self.encode_text(ids, positions=length, tokens=words)
         output = ModelOutput({}, {"image_tokens": image.tokens, "text_tokens": text.tokens})
         self._match_embeddings(output, image, text, batch["labels"])
         if wanted.id:
@@ -290,13 +302,14 @@ class ClipRetriever(TokenEncoder):
     def _predict_masked(self, output: ModelOutput, text: Tensor, image: Tensor, batch: Mapping) -> None:
         assert self.irr is not None
         labels = batch["masked_labels"]
-        chosen = labels != 0
+        positions = masked_positions(labels)
         valid = self.caption_positions(batch["masked_ids"]) if self.objectives.irr_padding_mask else None
-        logits, targets = self.irr(text, image, chosen, valid), labels[chosen]
-        count = total(chosen.sum()).clamp(min=1)
-        loss = losses.masked_token_loss(logits, targets) * world_size() / count
-        output.losses["irr"] = self.objectives.irr * loss
-        output.stats["irr_accuracy"] = (logits.argmax(dim=1) == targets).sum().detach() / chosen.sum().clamp(min=1)
+        logits, targets = self.irr(text, image, positions, valid).flatten(0, 1), labels.gather(1, positions).flatten()
+        chosen = targets != 0
+        loss = losses.masked_token_loss(logits, targets.masked_fill(~chosen, losses.IGNORED))
+        output.losses["irr"] = self.objectives.irr * loss * world_size() / total(chosen.sum()).clamp(min=1)
+        right = (logits.argmax(dim=1) == targets) & chosen
+        output.stats["irr_accuracy"] = right.sum() / chosen.sum().clamp(min=1)
 
     def _true_patches(self, batch: Mapping[str, Tensor], length: int) -> Tensor:
         self._require(batch, "part_maps", "token_parts")
@@ -374,29 +387,32 @@ class CrossModalHead(nn.Module):
         nn.init.normal_(self.cross_attn.in_proj_weight, std=attention)
         nn.init.normal_(self.cross_attn.out_proj.weight, std=output)
 
-    def forward(self, text_tokens: Tensor, image_tokens: Tensor, chosen: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Vocabulary logits of the chosen positions.
+    def forward(
+        self, text_tokens: Tensor, image_tokens: Tensor, positions: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Vocabulary logits at some positions.
 
         Args:
             text_tokens: [B, L, D] of the masked caption, all context positions.
             image_tokens: [B, 1+N, D], class token included.
-            chosen: [B, L] bool, the M positions to predict; the vocabulary head runs on them only.
+            positions: int64 [B, K], those to predict (`masked_positions`); the last block and the vocabulary head run
+                on them only.
             valid: [B, L] bool, text positions that self-attention may look at; None lets padding take
                 part, as IRRA does.
 
         Returns:
-            [M, V], in row-major order of `chosen`.
+            [B, K, V].
         """
-        memory = self.ln_pre_i(image_tokens)
-        x = self.cross_attn(self.ln_pre_t(text_tokens), memory, memory, need_weights=False)[0]
-        x = self.cross_modal_transformer(x, attn_mask=None if valid is None else self._padding_mask(valid, x))
-        return self.mlm_head(self.ln_post(x)[chosen])
+        x = attend(self.cross_attn, self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
+        x = run_blocks(self.cross_modal_transformer, x, valid=valid, positions=positions)
+        return self.mlm_head(self.ln_post(x))
 
-    def _padding_mask(self, valid: Tensor, like: Tensor) -> Tensor:
-        """Additive mask [B * heads, L, L] that hides invalid positions from every query."""
-        mask = torch.zeros(valid.shape, dtype=like.dtype, device=valid.device)
-        mask = mask.masked_fill(~valid, float("-inf"))
-        return mask[:, None, :].expand(-1, valid.shape[1], -1).repeat_interleave(self.heads, dim=0)
+
+def masked_positions(labels: Tensor) -> Tensor:
+    """Where the labels [B, L] of masked tokens are not 0, by row: int64 [B, K], with others behind in shorter rows."""
+    chosen = labels != 0
+    most = int(chosen.sum(dim=1).max())
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, : max(most, 1)]
 
 
 def identity_classifier(width: int, identities: int) -> nn.Linear:

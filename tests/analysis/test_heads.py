@@ -38,7 +38,7 @@ def test_guesses_are_those_of_the_head_on_the_masked_caption(system, image):
             ("mean picture", image.mean(0)),
             ("another's picture", image[2]),
         ):
-            expected = system.model.irr(text.tokens, tokens[None], chosen)[0].softmax(0)
+            expected = system.model.irr(text.tokens, tokens[None], torch.tensor([[place]]))[0, 0].softmax(0)
             assert table.loc["blue", name] == pytest.approx(expected[ids[0, place]].item(), rel=1e-4)
             assert table[name].sum() == pytest.approx(1, abs=1e-4)
 

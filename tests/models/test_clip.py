@@ -95,7 +95,7 @@ def test_the_vocabulary_head_runs_on_masked_positions_only():
     model, data, seen = retriever(Objectives(irr=1, irr_depth=1)), batch(), []
     model.irr.mlm_head.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model(data)
-    assert seen == [(4, VOCABULARY)]
+    assert seen == [(4, 1, VOCABULARY)]
 
 
 def test_a_batch_without_masked_positions_trains():
