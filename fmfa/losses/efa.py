@@ -120,7 +120,7 @@ def pooled_similarity(
     best = _BestMatch.apply(rows, joint, lengths, chunk) * sharpness  # [T, B]
     if best.dtype in (torch.float16, torch.bfloat16):
         best = best.float()
-    if len(rows) < tokens.shape[0] * tokens.shape[1]:
+    if token_mask is not None and len(rows) < token_mask.numel():
         best = best.new_full((*tokens.shape[:2], pairs), float("-inf")).masked_scatter(token_mask[:, :, None], best)
     else:
         best = best.unflatten(0, tokens.shape[:2])
@@ -134,7 +134,7 @@ class _BestMatch(torch.autograd.Function):
     """Largest product of each row [T, D] with the first `lengths[j]` vectors of each of joint [B, L, D]: [T, B]."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, joint: Tensor, lengths: list[int], chunk: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, joint: Tensor, lengths: list[int], chunk: int) -> Tensor:
         ctx.blocks = [slice(start, start + chunk) for start in range(0, len(joint), chunk)]
         ctx.lengths = [max(lengths[block]) for block in ctx.blocks]
         found = [
@@ -146,7 +146,7 @@ class _BestMatch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, joint, place = ctx.saved_tensors
         to_rows, to_joint = torch.zeros_like(rows), torch.zeros_like(joint)
         for block, length in zip(ctx.blocks, ctx.lengths, strict=True):

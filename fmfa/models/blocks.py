@@ -29,7 +29,8 @@ def run_blocks(
         [B, L, D], or [B, K, D] with `positions`.
     """
     if not all(type(block) is ResidualAttentionBlock for block in transformer.resblocks):
-        x = transformer(x, attn_mask=_additive(x, causal, valid, transformer.resblocks[0]))
+        heads = transformer.resblocks[0].get_submodule("attn").num_heads
+        x = transformer(x, attn_mask=_additive(x, causal, valid, heads))
         return x if positions is None else pick(x, positions)
     *first, last = transformer.resblocks
     for block in first:
@@ -92,18 +93,21 @@ def _block(
 
 
 def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
-    if not isinstance(mlp.gelu, QuickGELU):
+    first, activation, second = mlp
+    if not isinstance(activation, QuickGELU):
         return mlp(x)
-    hidden = F.silu(F.linear(x, QUICK * mlp.c_fc.weight, QUICK * mlp.c_fc.bias))
-    return F.linear(hidden, mlp.c_proj.weight / QUICK, mlp.c_proj.bias)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    hidden = F.silu(F.linear(x, QUICK * first.weight, QUICK * first.bias))
+    return F.linear(hidden, second.weight / QUICK, second.bias)
 
 
-def _additive(x: Tensor, causal: bool, valid: Tensor | None, block: nn.Module) -> Tensor | None:
+def _additive(x: Tensor, causal: bool, valid: Tensor | None, heads: int) -> Tensor | None:
     """The mask as open_clip's blocks take it: [L, L] or, by sample and head, [B * heads, L, L]."""
     if not causal and valid is None:
         return None
     length = x.shape[1]
-    hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1) if causal else False
+    hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1 if causal else length)
     if valid is not None:
-        hidden = (~valid[:, None] | hidden).expand(-1, length, -1).repeat_interleave(block.attn.num_heads, dim=0)
+        hidden = (~valid[:, None] | hidden).repeat_interleave(heads, dim=0)
     return torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, float("-inf"))

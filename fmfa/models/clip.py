@@ -55,13 +55,13 @@ class TokenEncoder(Retriever):
         alone = not tokens and visual.pool_type != "avg"
         positions = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device) if alone else None
         hidden = run_blocks(visual.transformer, visual._embeds(images), positions=positions)
-        tokens = visual.ln_post(hidden) @ visual.proj.to(hidden.dtype)  # [B, 1+N, width] -> [B, 1+N, D]
+        projected = visual.ln_post(hidden) @ visual.proj.to(hidden.dtype)  # [B, 1+N, width] -> [B, 1+N, D]
         if visual.pool_type != "avg":
-            return Encoded(tokens, tokens[:, 0])
+            return Encoded(projected, projected[:, 0])
         if visual.final_ln_after_pool:
             pooled = visual.ln_post(hidden[:, 1:].mean(dim=1))
-            return Encoded(tokens, pooled @ visual.proj.to(pooled.dtype))
-        return Encoded(tokens, tokens[:, 1:].mean(dim=1))
+            return Encoded(projected, pooled @ visual.proj.to(pooled.dtype))
+        return Encoded(projected, projected[:, 1:].mean(dim=1))
 
     def encode_text(
         self,
