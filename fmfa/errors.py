@@ -68,6 +68,11 @@ def checked(cls: type[T]) -> type[T]:
     return made
 
 
+def setting(default: Any, help_text: str, **limits: Any) -> Any:
+    """A field of a `checked` class, with its help and its limits as pydantic takes them."""
+    return Field(default, description=help_text, **limits)
+
+
 def told(error: ValidationError) -> str:
     """One sentence for the first thing that pydantic finds wrong: the place, what it should be, what was found."""
     first, *others = error.errors(include_url=False)

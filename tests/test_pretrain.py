@@ -18,7 +18,7 @@ from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtRetriever
 from fmfa.models.outputs import ModelOutput
 from fmfa.models.weights import read_checkpoint
-from fmfa.pretrain import pretrain, pretraining_budget
+from fmfa.pretrain import Settings, build_parts, pretraining_budget
 from fmfa.pretraining import loop, pairs
 from fmfa.pretraining.loop import warmup_cosine_rate
 from fmfa.pretraining.methods import DATA, METHODS, WORDPIECE, ClipPixels
@@ -51,13 +51,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def options(folder, method, source="stream", **changes):
-    files = {"config": folder / f"{method}.json", "vocabulary": folder / f"{method}.txt"}
+    files = {"config": str(folder / f"{method}.json"), "vocabulary": str(folder / f"{method}.txt")}
     listed = {"list": str(folder / "pairs.json"), "images": str(folder)} if source == "list" else {}
     return {**files, **listed, "method": method, "pairs": 9, "batch_size": 3, "workers": 0} | changes
 
 
+def pretrain(out, **given):
+    return command.pretrain(out, Settings(**given))
+
+
 def given_settings(folder, method):
-    return command._settings({**pretrain.__kwdefaults__, **options(folder, method)})
+    return Settings(**options(folder, method)).resolved()
 
 
 def without_seconds(curve):
@@ -136,8 +140,8 @@ def test_the_weights_are_the_retrievers_and_were_trained(folder, method):
 
 def test_what_does_not_fit_is_refused(folder):
     for method, changes, message in (
-        ("ivt", {"vocabulary": WORDPIECE}, "pieces, the configuration vocab_size"),
-        ("clip", {"vocabulary": SMALL_VOCABULARY}, "pieces, the configuration vocab_size"),
+        ("ivt", {"vocabulary": str(WORDPIECE)}, "pieces, the configuration vocab_size"),
+        ("clip", {"vocabulary": str(SMALL_VOCABULARY)}, "pieces, the configuration vocab_size"),
         ("clip", {"images": "/pictures"}, "go together"),
         ("ivt", {"list": str(folder / "pairs.json")}, "go together"),
         ("clip", {"pairs": 2}, "fewer pairs than one batch"),
@@ -146,7 +150,7 @@ def test_what_does_not_fit_is_refused(folder):
     ):
         with pytest.raises(ConfigError, match=message):
             pretrain(folder / "out.safetensors", **options(folder, method, **changes))
-    with pytest.raises(ConfigError, match="expected one of clip, ivt"):
+    with pytest.raises(ConfigError, match="should be 'clip' or 'ivt'"):
         pretrain(folder / "out.safetensors", **options(folder, "clip") | {"method": "bert"})
 
 
@@ -166,20 +170,20 @@ def error_of(capsys, *arguments):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "bert"}, "method is 'bert', expected one of clip, ivt"),
-        ({"pairs": 0}, "pairs is 0; expected at least 1"),
+        ({"method": "bert"}, "method: should be 'clip' or 'ivt', found 'bert'"),
+        ({"pairs": 0}, "pairs: should be greater than or equal to 1, found 0"),
         ({"pairs": 2}, "fewer pairs than one batch"),
-        ({"batch_size": 1}, "batch_size is 1; expected at least 2"),
-        ({"batch_size": -3}, "batch_size is -3"),
-        ({"seed": -1}, "seed is -1; expected at least 0, at most 2147483647"),
-        ({"learning_rate": "nan"}, "learning_rate is nan"),
-        ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"weight_decay": "inf"}, "weight_decay is inf"),
-        ({"warmup": 1}, "warmup is 1.0; expected at least 0, at most 0.99"),
-        ({"position_std": -1}, "position_std is -1.0"),
-        ({"tau": 0}, "tau is 0.0"),
-        ({"workers": -1}, "workers is -1"),
-        ({"precision": "fp8"}, "precision is 'fp8'; expected bf16 or fp32"),
+        ({"batch_size": 1}, "batch_size: should be greater than or equal to 2, found 1"),
+        ({"batch_size": -3}, "batch_size: should be"),
+        ({"seed": -1}, "seed: should be greater than or equal to 0, found -1"),
+        ({"learning_rate": "nan"}, "learning_rate: should be a finite number, found nan"),
+        ({"learning_rate": 0}, "learning_rate: should be"),
+        ({"weight_decay": "inf"}, "weight_decay: should be a finite number"),
+        ({"warmup": 1}, "warmup: should be less than or equal to 0.99, found 1.0"),
+        ({"position_std": -1}, "position_std: should be"),
+        ({"tau": 0}, "tau: should be"),
+        ({"workers": -1}, "workers: should be"),
+        ({"precision": "fp8"}, "precision: should be 'bf16' or 'fp32', found 'fp8'"),
         ({"device": "gpu"}, "device is 'gpu'; expected one of auto, cpu, cuda"),
         ({"config": "nowhere.json"}, "nowhere.json cannot be read as JSON"),
         ({"config": "pairs.json"}, "pairs.json: expected a JSON dict, found list"),
@@ -226,7 +230,7 @@ def test_any_configuration_builds_a_model_or_is_refused(folder, method, data):
     )
     part[data.draw(st.sampled_from([*part, "other"]))] = value
     with suppress(ConfigError):
-        command._parts(given_settings(folder, method) | {"config": config})
+        build_parts(given_settings(folder, method) | {"config": config})
 
 
 def test_a_damaged_resume_file_is_refused_and_kept(folder, monkeypatch, capsys):
@@ -293,11 +297,8 @@ def test_a_resume_file_of_other_settings_is_kept_and_refused(folder, monkeypatch
 
 def test_the_command_is_recorded_so_that_it_repeats_the_run(folder):
     out = Path("anywhere/tiny.safetensors")
-    defaults = pretrain.__kwdefaults__
-    assert command._command(out, {**defaults, "pairs": 250_000}) == (
-        "python -m fmfa.pretrain data/tiny.safetensors --pairs 250000 --seed 0"
-    )
-    assert command._command(out, {**defaults, "method": "ivt", "batch_size": 64}) == (
+    assert Settings().command(out) == ("python -m fmfa.pretrain data/tiny.safetensors --pairs 250000 --seed 0")
+    assert Settings(method="ivt", batch_size=64).command(out) == (
         "python -m fmfa.pretrain data/tiny.safetensors --method ivt --pairs 250000 --seed 0 --batch-size 64"
     )
 
@@ -356,7 +357,7 @@ def test_operations_and_parameters_of_linear_layers_are_counted():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_shipped_configurations_fit_their_vocabularies(method):
-    parts = METHODS[method](command._settings({**pretrain.__kwdefaults__, "method": method}))
+    parts = METHODS[method](Settings(method=method).resolved())
     tokenizer = parts.captions.tokenizer
     text = "The woman, 25, wears a zebra-striped (XL) coat & carries 2 bags @ 10 o'clock!"
     unknown = tokenizer.decode([1])[0]

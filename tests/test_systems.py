@@ -569,7 +569,8 @@ def test_the_pretraining_table_reads_the_records(tmp_path, monkeypatch):
     (tmp_path / "tiny_a_config.json").write_text(json.dumps({"width": 8}))
     counted = {"clip": {"parameters": 790, "retrieval_parameters": 790, "training_flops_a_pair": 170_000_000}}
     monkeypatch.setattr("fmfa.pretrain.pretraining_budget", counted.get)
-    table = pretraining_table(tmp_path)
+    monkeypatch.setattr("fmfa.pretrain.DATA", tmp_path)
+    table = pretraining_table()
     assert list(table.index) == ["tiny_a", "tiny_b"]
     assert list(table.loc["tiny_b"]) == ["2,000,000", "1,500", "1,200", "450", "900", "2 on cpu", "12.3"]
     assert list(table.loc["tiny_a"])[:5] == ["2,000,000", "790", "790", "170", "340"]

@@ -10,96 +10,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertLMHeadModel
 
 from fmfa.errors import ConfigError
 from fmfa.losses.matching import masked_token_loss
-from fmfa.models.ivt import MASKED_LOGIT, BertEmbeddings, IvtConfig, IvtRetriever
+from fmfa.models.ivt import MASKED_LOGIT, IvtConfig, IvtRetriever
 from fmfa.models.outputs import ModelOutput
 
 INITIAL_TEMPERATURE = 0.5
 LEAST_WEIGHT = 1e-4  # added to every negative's probability of being drawn
-_EPS = 1e-12  # of BERT's LayerNorms
-
-
-class _Residual(nn.Module):
-    """BERT's branch end: dense layer, dropout, sum with the branch's input, LayerNorm."""
-
-    def __init__(self, width: int, out: int, dropout: float) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, out)
-        self.LayerNorm = nn.LayerNorm(out, eps=_EPS)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        return self.LayerNorm(tokens + self.dropout(self.dense(hidden)))
-
-
-class _Attention(nn.Module):
-    """BERT's attention with its residual; keys and values come from `context` [B, M, D]."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.self = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.output = _Residual(width, width, dropout)
-
-    def forward(self, tokens: Tensor, context: Tensor, key_bias: Tensor | None) -> Tensor:
-        sources = {"query": tokens, "key": context, "value": context}
-        # [B, N, D] -> [B, heads, N, D / heads]
-        query, key, value = (
-            self.self[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, x in sources.items()
-        )
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_bias, dropout_p=dropout)
-        return self.output(mixed.transpose(1, 2).flatten(2), tokens)
-
-
-class _Layer(nn.Module):
-    """A post-norm layer: self-attention, cross-attention to the image, feed-forward."""
-
-    def __init__(self, sizes: IvtConfig) -> None:
-        super().__init__()
-        width, hidden, dropout = sizes.width, int(sizes.width * sizes.mlp_ratio), sizes.text_dropout
-        self.attention = _Attention(width, sizes.heads, dropout)
-        self.crossattention = _Attention(width, sizes.heads, dropout)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = _Residual(hidden, width, dropout)
-
-    def forward(self, tokens: Tensor, image_tokens: Tensor, key_bias: Tensor | None) -> Tensor:
-        tokens = self.attention(tokens, tokens, key_bias)
-        tokens = self.crossattention(tokens, image_tokens, None)
-        return self.output(F.gelu(self.intermediate["dense"](tokens)), tokens)
-
-
-class _Transform(nn.Module):
-    """The dense layer before BERT's masked-word decoder."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(hidden)))
-
-
-class _WordHead(nn.Module):
-    """BERT's masked-word head, whose decoder is the word table."""
-
-    def __init__(self, words: nn.Embedding) -> None:
-        super().__init__()
-        vocabulary, width = words.weight.shape
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.transform = _Transform(width)
-        self.decoder = nn.Linear(width, vocabulary)
-        self.decoder.weight, self.decoder.bias = words.weight, self.bias
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden))
 
 
 class FusionEncoder(nn.Module):
-    """BERT layers with cross-attention to the image tokens, and BERT's masked-word head.
+    """BERT layers with cross-attention to the image tokens, and BERT's masked-word head (transformers').
 
     The input is the shared encoder's text tokens, so the embedding layer of its own is bypassed: its word
     table serves as the head's decoder alone, and its other tables, kept for the released layout, are
@@ -109,11 +32,24 @@ class FusionEncoder(nn.Module):
     def __init__(self, sizes: IvtConfig, depth: int = 6) -> None:
         """`depth` layers of the sizes of the shared encoder, not initialised; 6 layers are released."""
         super().__init__()
-        layers = nn.ModuleList(_Layer(sizes) for _ in range(depth))
-        embeddings = BertEmbeddings(sizes)
-        self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
-        self.cls = nn.ModuleDict({"predictions": _WordHead(embeddings.word_embeddings)})
-        for unused in (embeddings.position_embeddings, embeddings.token_type_embeddings, embeddings.LayerNorm):
+        bert = BertLMHeadModel(
+            BertConfig(
+                vocab_size=sizes.vocab_size,
+                hidden_size=sizes.width,
+                num_hidden_layers=depth,
+                num_attention_heads=sizes.heads,
+                intermediate_size=int(sizes.width * sizes.mlp_ratio),
+                hidden_dropout_prob=sizes.text_dropout,
+                attention_probs_dropout_prob=sizes.text_dropout,
+                max_position_embeddings=sizes.positions,
+                type_vocab_size=sizes.token_types,
+                is_decoder=True,
+                add_cross_attention=True,
+            )
+        )
+        self.bert, self.cls = bert.bert, bert.cls
+        tables = self.bert.embeddings
+        for unused in (tables.position_embeddings, tables.token_type_embeddings, tables.LayerNorm):
             unused.requires_grad_(False)
 
     def forward(self, text_tokens: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
@@ -128,13 +64,13 @@ class FusionEncoder(nn.Module):
             [B, L, D]; position 0 is the pair's token.
         """
         key_bias = ((1 - attention_mask.to(text_tokens.dtype)) * MASKED_LOGIT)[:, None, None]
-        for layer in self.bert.get_submodule("encoder.layer").children():
-            text_tokens = layer(text_tokens, image_tokens, key_bias)
+        for layer in self.bert.encoder.layer:
+            text_tokens = layer(text_tokens, key_bias, image_tokens)
         return text_tokens
 
     def words(self, fused: Tensor) -> Tensor:
         """Logits over the vocabulary: [..., D] -> [..., V]."""
-        return self.cls["predictions"](fused)
+        return self.cls(fused)
 
 
 class IvtPretrainer(IvtRetriever):

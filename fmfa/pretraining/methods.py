@@ -71,7 +71,7 @@ def ivt(settings: Mapping) -> Method:
     _check_vocabulary(tokenizer, sizes["vocab_size"])
     sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
     model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)
-    words = model.encoder_fusion.cls["predictions"].decoder  # a table, not a matrix
+    words = model.encoder_fusion.cls.predictions.decoder  # a table, not a matrix
     with torch.no_grad():
         model.temp.fill_(settings["temperature"])
         for module in model.modules():

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fmfa.data.annotations import SIMPEDES, canonical_name
 from fmfa.data.datasets import which_dataset
-from fmfa.errors import ConfigError, checked, nearest
+from fmfa.errors import ConfigError, checked, nearest, setting
 from fmfa.models.objectives import objectives
 
 METHODS = ("clip", "irra", "fmfa", "ivt")
@@ -19,10 +19,6 @@ Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 Open = Annotated[int, Field(ge=-1, le=_LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-def _setting(default: Any, help_text: str, **limits: Any) -> Any:
-    return Field(default, description=help_text, **limits)
 
 
 @checked
@@ -36,56 +32,56 @@ class TrainConfig:
         ConfigError: a value of the wrong type, outside its range, or not among the choices.
     """
 
-    method: Literal["clip", "irra", "fmfa", "ivt"] = _setting("fmfa", "clip (ITC alone), irra, fmfa or ivt")
-    preset: Literal["paper", "released"] = _setting("paper", "paper's equations or released code")
-    recipe: Literal["", "fmfa", "ivt"] = _setting("", 'whose optimiser and batches; "" = own, on SimPEDES fmfa')
-    objectives: str = _setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0", of ivt "loss=sdm tau=0.02"')
-    dataset: str = _setting("", 'SimPEDES-street, CUHK-PEDES, ... or your own name; "" = what the file at root says')
-    root: str = _setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
-    scale: Literal["tiny", "small", "standard", "large"] = _setting("small", "of SimPEDES without a root")
-    data_seed: Seed = _setting(0, "of SimPEDES without a root, and of held-out identities")
-    drop_empty_captions: bool = _setting(False, "leave captions without a word out, which are refused otherwise")
-    backbone: str = _setting("", 'model name or configuration; "" = the data set\'s')
-    weights: str = _setting("", 'weight file or name; "" = the data set\'s')
-    text_weights: str = _setting("", "BERT for ivt by file or hub name; `weights` is an ImageNet ViT then")
-    vocabulary: str = _setting("", "ivt's vocab.txt or hub name; \"\" = the one of the backbone's size")
-    position_grid: str = _setting("", 'rows x columns of the weights\' positions, as "24x8"; "" = by their number')
-    image_height: Count = _setting(0, "pixels; 0 = the data set's")
-    image_width: Count = _setting(0, "pixels; 0 = the data set's")
-    stride: Count = _setting(0, "pixels between patches; 0 = the preset's")
-    epochs: Open = _setting(-1, "passes over the training captions; 0 = no training, -1 = the preset's")
-    batch_size: Count = _setting(0, "pairs in a batch over all processes; 0 = the preset's")
-    instances: Open = _setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's")
-    optimizer: Literal["", "adam", "adamw", "sgd"] = _setting("", '"" = the preset\'s')
-    learning_rate: float = _setting(0.0, "base rate; 0 = the preset's", ge=0)
-    weight_decay: float = _setting(-1.0, "-1 = the preset's", ge=-1)
-    eps: float = _setting(0.0, "of Adam's denominator; 0 = the preset's", ge=0)
-    beta1: float = _setting(0.9, "Adam's mean of gradients", ge=0, le=0.999999)
-    beta2: float = _setting(0.999, "Adam's mean of squared gradients", ge=0, le=0.999999)
-    momentum: float = _setting(0.9, "of SGD", ge=0, le=0.999999)
-    factors: Literal["", "irra", "ivt", "flat"] = _setting("", 'rate factors; "" = the preset\'s')
-    schedule: Literal["", "warmup_cosine", "ivt", "ivt_from_1", "constant"] = _setting("", '"" = the preset\'s')
-    warmup_epochs: Open = _setting(-1, "-1 = the preset's")
-    warmup_factor: float = _setting(0.1, "first epoch's rate by base rate; not for ivt", ge=0, le=1)
-    precision: Literal["fp32", "bf16", "fp16"] = _setting("fp32", "of the forward pass")
-    accumulate: Positive = _setting(1, "batches summed into one step")
-    clip_norm: float = _setting(0.0, "largest gradient norm; 0 = no clipping", ge=0)
-    mask_rate: float = _setting(0.15, "share of caption tokens masked for IRR", ge=0, le=0.9)
-    augmentation: Literal["full", "none"] = _setting("full", "of training pictures")
-    pairs: Literal["true", "shuffled"] = _setting("true", '"shuffled" is a control: captions of other people')
-    flip: Literal["", "mirror", "swap", "off"] = _setting("", 'of left and right in training; "" = the data set\'s')
-    text_levels: Literal["", "off", "released", "spans"] = _setting("", "IVT's MLA; \"\" = the preset's")
-    mask_image: float = _setting(-1.0, "IVT's BMM on pictures, -1 = released", ge=-1, le=0.9)
-    mask_text: float = _setting(-1.0, "IVT's BMM on captions, -1 = released", ge=-1, le=0.9)
-    seed: Seed = _setting(0, "of weights, sampling, augmentation, masking and dropout")
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto uses a GPU if available")
-    workers: Count = _setting(0, "loader processes")
-    cache: str = _setting("", 'folder for the pictures in the size that is trained on; "" = none is kept on disk')
-    evaluate_every: Positive = _setting(1, "epochs between validations; the last is always validated")
-    checkpoint_every: Count = _setting(0, "steps between checkpoints within an epoch; 0 = none")
-    keep_epochs: bool = _setting(False, "keep the weights of every epoch, to tell what selecting on test would claim")
-    log_gradients_every: Count = _setting(0, "steps between gradient norms by loss; 0 = never")
-    tensorboard: bool = _setting(True, "write TensorBoard logs")
+    method: Literal["clip", "irra", "fmfa", "ivt"] = setting("fmfa", "clip (ITC alone), irra, fmfa or ivt")
+    preset: Literal["paper", "released"] = setting("paper", "paper's equations or released code")
+    recipe: Literal["", "fmfa", "ivt"] = setting("", 'whose optimiser and batches; "" = own, on SimPEDES fmfa')
+    objectives: str = setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0", of ivt "loss=sdm tau=0.02"')
+    dataset: str = setting("", 'SimPEDES-street, CUHK-PEDES, ... or your own name; "" = what the file at root says')
+    root: str = setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
+    scale: Literal["tiny", "small", "standard", "large"] = setting("small", "of SimPEDES without a root")
+    data_seed: Seed = setting(0, "of SimPEDES without a root, and of held-out identities")
+    drop_empty_captions: bool = setting(False, "leave captions without a word out, which are refused otherwise")
+    backbone: str = setting("", 'model name or configuration; "" = the data set\'s')
+    weights: str = setting("", 'weight file or name; "" = the data set\'s')
+    text_weights: str = setting("", "BERT for ivt by file or hub name; `weights` is an ImageNet ViT then")
+    vocabulary: str = setting("", "ivt's vocab.txt or hub name; \"\" = the one of the backbone's size")
+    position_grid: str = setting("", 'rows x columns of the weights\' positions, as "24x8"; "" = by their number')
+    image_height: Count = setting(0, "pixels; 0 = the data set's")
+    image_width: Count = setting(0, "pixels; 0 = the data set's")
+    stride: Count = setting(0, "pixels between patches; 0 = the preset's")
+    epochs: Open = setting(-1, "passes over the training captions; 0 = no training, -1 = the preset's")
+    batch_size: Count = setting(0, "pairs in a batch over all processes; 0 = the preset's")
+    instances: Open = setting(-1, "K of P x K sampling, 0 = random, -1 = the preset's")
+    optimizer: Literal["", "adam", "adamw", "sgd"] = setting("", '"" = the preset\'s')
+    learning_rate: float = setting(0.0, "base rate; 0 = the preset's", ge=0)
+    weight_decay: float = setting(-1.0, "-1 = the preset's", ge=-1)
+    eps: float = setting(0.0, "of Adam's denominator; 0 = the preset's", ge=0)
+    beta1: float = setting(0.9, "Adam's mean of gradients", ge=0, le=0.999999)
+    beta2: float = setting(0.999, "Adam's mean of squared gradients", ge=0, le=0.999999)
+    momentum: float = setting(0.9, "of SGD", ge=0, le=0.999999)
+    factors: Literal["", "irra", "ivt", "flat"] = setting("", 'rate factors; "" = the preset\'s')
+    schedule: Literal["", "warmup_cosine", "ivt", "ivt_from_1", "constant"] = setting("", '"" = the preset\'s')
+    warmup_epochs: Open = setting(-1, "-1 = the preset's")
+    warmup_factor: float = setting(0.1, "first epoch's rate by base rate; not for ivt", ge=0, le=1)
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "of the forward pass")
+    accumulate: Positive = setting(1, "batches summed into one step")
+    clip_norm: float = setting(0.0, "largest gradient norm; 0 = no clipping", ge=0)
+    mask_rate: float = setting(0.15, "share of caption tokens masked for IRR", ge=0, le=0.9)
+    augmentation: Literal["full", "none"] = setting("full", "of training pictures")
+    pairs: Literal["true", "shuffled"] = setting("true", '"shuffled" is a control: captions of other people')
+    flip: Literal["", "mirror", "swap", "off"] = setting("", 'of left and right in training; "" = the data set\'s')
+    text_levels: Literal["", "off", "released", "spans"] = setting("", "IVT's MLA; \"\" = the preset's")
+    mask_image: float = setting(-1.0, "IVT's BMM on pictures, -1 = released", ge=-1, le=0.9)
+    mask_text: float = setting(-1.0, "IVT's BMM on captions, -1 = released", ge=-1, le=0.9)
+    seed: Seed = setting(0, "of weights, sampling, augmentation, masking and dropout")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto uses a GPU if available")
+    workers: Count = setting(0, "loader processes")
+    cache: str = setting("", 'folder for the pictures in the size that is trained on; "" = none is kept on disk')
+    evaluate_every: Positive = setting(1, "epochs between validations; the last is always validated")
+    checkpoint_every: Count = setting(0, "steps between checkpoints within an epoch; 0 = none")
+    keep_epochs: bool = setting(False, "keep the weights of every epoch, to tell what selecting on test would claim")
+    log_gradients_every: Count = setting(0, "steps between gradient norms by loss; 0 = never")
+    tensorboard: bool = setting(True, "write TensorBoard logs")
 
     def __post_init__(self) -> None:
         """Take any spelling for the data set's; check what limits cannot say."""
@@ -131,11 +127,10 @@ class TrainConfig:
         dataset = self.dataset
         if dataset in ("", SIMPEDES):
             dataset = which_dataset(dataset, self.root)
-        default = TrainConfig()
         open_values = {
             name: value
             for name, value in preset_values(self.method, self.preset, dataset, self.recipe).items()
-            if getattr(self, name) in (0, -1, "") and getattr(self, name) == getattr(default, name)
+            if getattr(self, name) in (0, -1, "") and getattr(self, name) == getattr(TrainConfig, name)
         }
         config = replace(self, dataset=dataset, **open_values)
         if config.instances and config.batch_size % config.instances:
