@@ -36,7 +36,7 @@ from fmfa.files import said_plainly, whole_file
 from fmfa.models.outputs import Encoded, Retriever
 from fmfa.records import RECORD
 from fmfa.study.levels import readable, result_table
-from fmfa.study.results import METRICS
+from fmfa.study.results import METRICS, study_records
 from fmfa.systems import System, load_system, open_test_data
 
 SCORES = (".csv", ".run", ".trec", ".txt")
@@ -239,6 +239,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> None:
+    folder = Path(options.system)
+    if (folder / "runs.csv").is_file() or (options.system and any(folder.glob(f"*/{RECORD}"))):
+        target = Path(options.to or "records")
+        with said_plainly(f"{target} cannot be written"):
+            target.mkdir(parents=True, exist_ok=True)
+        for run, record in study_records(folder, options.split, options.root):
+            write_record(record, target / f"{run}.record")
+            print(target / f"{run}.record")
+        return
     if options.eval_results and not options.hub:
         raise ConfigError("--eval-results needs --hub ORGANISATION/NAME, the benchmark that the result is for")
     data, rows, gallery = _opened(options)

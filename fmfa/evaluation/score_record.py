@@ -53,13 +53,14 @@ class Cost:
     """What a query costs.
 
     Attributes:
-        dimension: numbers per picture that a query is multiplied with, 0 where that is not known.
+        dimension: numbers per picture that a query is multiplied with, 0 of a system known by its scores alone, None
+            where it is not known.
         rerank_depth: the most pictures that a second stage scores for a query, 0 without.
         model_calls: networks run per query: 1 encodes the sentence, and each pair of a second stage adds one.
         caption_operations, picture_operations: floating-point operations to encode one, None where not known.
     """
 
-    dimension: int = Count
+    dimension: int | None = Count
     rerank_depth: int = Count
     model_calls: int = Count
     caption_operations: int | None = None
@@ -69,7 +70,7 @@ class Cost:
         """The class: "dot products", what is done beside them, or "not told"."""
         extra = [f"re-ranks {self.rerank_depth}"] * bool(self.rerank_depth)
         extra += [f"{self.model_calls} model calls"] * (self.model_calls > 1 + self.rerank_depth)
-        return ", ".join(extra) or ("dot products" if self.dimension else "not told")
+        return ", ".join(extra) or ("not told" if self.dimension == 0 else "dot products")
 
 
 @checked
@@ -111,13 +112,13 @@ class Identities:
 
     identity: list[int]
     queries: list[int]
-    sums: dict[Literal["R@1", "R@5", "R@10", "mAP", "mINP"], list[float]]
+    sums: dict[str, list[float]]
 
     def __post_init__(self) -> None:
         """Refuse columns of different lengths, and sums that no queries have."""
         counts = np.array(self.queries)
         columns: list[list] = [self.identity, *self.sums.values()]
-        wrong = {*map(len, columns)} != {len(counts)} or len(self.sums) < 5
+        wrong = {*map(len, columns)} != {len(counts)} or list(self.sums) != ["R@1", "R@5", "R@10", "mAP", "mINP"]
         if wrong or any((np.array(column) > counts + 1e-4).any() or min(column) < 0 for column in self.sums.values()):
             raise ConfigError("queries: found sums of other lengths than the identities, or beyond their queries")
 

@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from fmfa.data.annotations import SIMPEDES, Dataset
-from fmfa.data.datasets import which_dataset
+from fmfa.data.datasets import open_dataset, which_dataset
 from fmfa.errors import ConfigError, TrainingError, checked
-from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, shuffle_captions
+from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of, shuffle_captions
+from fmfa.evaluation.score_record import Cost, Identities, ScoreRecord, describe_split, queries_of, write_record
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, content_checksum, read_json, said_plainly, whole_file, write_json
 from fmfa.notebook import require_results
@@ -77,6 +78,53 @@ def save_evaluation(
         written[f"{_QUERIES}-{name}-zero-shot"] = _queries(start)
     written |= {f"{kind}-{name}": table for kind, table in (tables or {}).items() if len(table)}
     write_evaluation(folder, name, record, written)
+    described = describe_split(dataset.name, split, evaluation.rows, evaluation.gallery)
+    cost = Cost(evaluation.image_features.shape[1], 0, 1)
+    seed = read_record(folder).get("seed", 0)
+    scored = ScoreRecord(row_of(folder.name), seed, "validation", described, cost, queries_of(evaluation))
+    write_record(scored, folder / f"{_QUERIES}-{name}.record")
+
+
+def study_records(folder: str | Path, split: str = "test", root: str | Path = "") -> Iterator[tuple[str, ScoreRecord]]:
+    """The name and record of every evaluated run of a folder of runs or exported results, on its own data set.
+
+    Args:
+        folder: as `read_results` takes it.
+        split: of the data sets.
+        root: of the data set, if it is not where it was when the runs were trained.
+
+    Raises:
+        ConfigError: no evaluated run, or one that was evaluated on other queries than the data set has now.
+        AnnotationError: the data set cannot be read.
+    """
+    results, rows = read_results(folder), {}
+    table = results.own("identities", split)
+    table = _by_identity(table[table["of"] == "run"])
+    for run in results.runs.itertuples():
+        part = table[table["run"] == run.run]
+        if part.empty:
+            continue
+        config = run.config
+        key = run.trained_on, config.get("scale") or "small", config.get("data_seed", 0)
+        if key not in rows:
+            drop = bool(config.get("drop_empty_captions"))
+            place = root or config.get("root", "")
+            data = open_dataset(key[0], place, scale=key[1], seed=key[2], drop_empty_captions=drop)
+            rows[key] = data.split(split)
+        counts = rows[key].groupby("identity").size()
+        if dict(zip(part["identity"], part["queries"])) != counts.to_dict():
+            raise ConfigError(
+                f"{folder}: {run.run} was evaluated on other queries than {run.trained_on} {split} has now"
+            )
+        sums = {metric: part[metric].tolist() for metric in METRICS}
+        queries = Identities(part["identity"].tolist(), part["queries"].astype(int).tolist(), sums)
+        described = describe_split(run.trained_on, split, rows[key], gallery_of(rows[key]))
+        yield run.run, ScoreRecord(run.row, int(run.seed), "validation", described, Cost(None, 0, 1), queries)
+
+
+def row_of(run: str) -> str:
+    """The row of the study that a run belongs to, as `make study` names its folder; the seed is the record's."""
+    return re.sub(r"-\d+$", "", run)
 
 
 def write_evaluation(
@@ -271,7 +319,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
     study, lines = study_rows(), []
     for path in sorted(folder.glob(f"*/{RECORD}")):
         record, run = read_record(path.parent), path.parent.name
-        row = re.sub(r"-\d+$", "", run)  # as `make study` names folders; the seed is the record's
+        row = row_of(run)
         point = study[row].point if row in study else {}
         known = {"run": run, "row": row, "seed": 0, "curve": study[row].group if point else "", "point": point,
                  "trained_on": trained_on(path.parent), "left_out": "", "config": {}, "status": None, "best": None,

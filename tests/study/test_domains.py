@@ -10,9 +10,11 @@ from evaluations import evaluate
 
 from fmfa.data.annotations import Dataset, read_dataset
 from fmfa.errors import ConfigError
-from fmfa.evaluation.evaluate import TEXT_TO_IMAGE
+from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, shuffle_captions
+from fmfa.evaluation.score_record import read_record
 from fmfa.files import write_json
 from fmfa.plots.comparison import plot_domains
+from fmfa.score import main as score
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.study.levels import cross_domain_table, result_table, seeds_table
 from fmfa.study.results import export_results, read_results, results_split, save_evaluation, trained_on
@@ -85,6 +87,28 @@ def test_a_cross_domain_evaluation_leaves_the_own_one_alone(domains, tmp_path):
         assert table.loc[label, "own"] == pytest.approx(table.loc[STREET, "R@1"])
         assert table.loc[label, "trained on"] == STREET
     assert table["drop"].isna().all()
+
+
+def test_runs_and_exported_results_become_the_records_of_their_evaluations(domains, tmp_path, capsys):
+    data, system = domains["street"], load_system()
+    evaluation = system.evaluate(data, "test", progress=False)
+    for seed in range(2):
+        folder = run(tmp_path / "runs" / f"zero-{seed}", STREET)
+        save_evaluation(shuffle_captions(evaluation, seed) if seed else evaluation, data, "test", folder)
+    export_results(tmp_path / "runs", tmp_path / "kept")
+    own = read_record(tmp_path / "runs" / "zero-0" / "queries-test.record")
+    assert (own.system, own.selected, own.cost.dimension) == ("zero", "validation", evaluation.text_features.shape[1])
+    for source in ("runs", "kept"):
+        options = ["--root", str(data.images.parent), "--to", str(tmp_path / f"records of {source}")]
+        assert score([str(tmp_path / source), *options]) == 0
+        record = read_record(tmp_path / f"records of {source}" / "zero-0.record")
+        assert (record.system, record.seed, record.split) == (own.system, own.seed, own.split)
+        found, expected = record.queries.by_identity(), own.queries.by_identity()
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False, atol=1e-4)
+    other = tmp_path / "other"
+    generate(other, recipe("tiny", train=2, val=2, test=7), workers=1, progress=False)
+    assert score([str(tmp_path / "kept"), "--root", str(other), "--to", str(tmp_path)]) == 2
+    assert "was evaluated on other queries than SimPEDES-street test has now" in capsys.readouterr().err
 
 
 def test_a_split_of_one_person_has_levels_without_intervals(domains, tmp_path):
