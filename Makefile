@@ -9,13 +9,13 @@ export PYTHONUNBUFFERED := 1
 SCALE ?= quick
 GPUS ?= 1
 # Values go to the commands through the environment, as they were given: neither make nor the shell reads them.
-$(foreach name,PYTHON BIN SCALE ROWS SEEDS DATASETS ROOTS WEIGHTS GPUS ROOT,\
+$(foreach name,PYTHON BIN SCALE ROWS SEEDS DATASETS ROOTS WEIGHTS GPUS ROOT GALLERY,\
 	$(eval override export $(name) := $$(value $(name))))
 RUN := exec "$$BIN/python" -m
 ASKED := "scale=$$SCALE" "chosen=$$ROWS" "seeds=$$SEEDS" "datasets=$$DATASETS" "folders=$$ROOTS" "weights=$$WEIGHTS"
 
 .DEFAULT_GOAL := help
-.PHONY: help study plan report notebooks test lab check weights clean
+.PHONY: help study plan report notebooks test lab search check weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -47,6 +47,9 @@ notebooks: $(READY)  ## execute the notebooks at their defaults and write them b
 
 lab: $(READY)  ## JupyterLab in the same environment
 	@$(RUN) jupyterlab --notebook-dir notebooks
+
+search: $(READY)  ## search a gallery in the browser: make search GALLERY=runs/gallery (without: SimPEDES' test pictures)
+	@$(RUN) fmfa.page -- "$$GALLERY"
 
 check: $(READY)  ## check a copy of a data set: make check ROOT=/data/CUHK-PEDES
 	@test -n "$$ROOT" || { echo "Which data set? make check ROOT=/data/CUHK-PEDES" >&2; exit 2; }

@@ -10,10 +10,12 @@ import argparse
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +46,7 @@ _SCHEMA = "vector INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed R
 _BATCH = 512
 CODED_ABOVE = 20_000  # vectors without codes; as many are searched in half precision
 APPROXIMATE_ABOVE = 2_000_000  # vectors; below, exact search takes 100 ms at most
+PATIENCE = 20.0  # seconds that a condition may take
 _SAMPLE = 2048  # pictures that say what cosines are usual
 
 
@@ -109,8 +112,8 @@ class Gallery:
                 than `APPROXIMATE_ABOVE`. With a condition, and in galleries without codes, the search is exact.
 
         Returns:
-            The rows with `cosine`, and `deviations`: how many standard deviations that is above the mean cosine of the
-            gallery, both estimated from at most 2,048 of its pictures.
+            The rows, as `rows` gives them, with `cosine`, and `deviations`: how many standard deviations that is above
+            the mean cosine of the gallery, both estimated from at most 2,048 of its pictures.
 
         Raises:
             ConfigError: `where` is not valid, or the query's size is not the gallery's.
@@ -135,7 +138,20 @@ class Gallery:
             rows = self._select(table, "*", _among(best)).set_index("vector").loc[best]
         usual = _products(self._sample, unit)
         deviations = (cosine - usual.mean()) / (usual.std(ddof=1) if len(usual) > 1 else np.nan)
-        return rows.reset_index(drop=True).assign(cosine=cosine, deviations=deviations)
+        if isinstance(self.vectors.base, mmap.mmap) and self.codes:  # what was read stays in the system's cache alone
+            self.vectors.base.madvise(mmap.MADV_DONTNEED)
+        return rows.reset_index().assign(cosine=cosine, deviations=deviations)
+
+    def choices(self, most: int = 20) -> dict[str, list[Any]]:
+        """By column of the user, its different values, of those columns that have 2 to `most`."""
+        found = {}
+        with _connected(self.folder) as table:
+            for _, name, *_ in table.execute("PRAGMA table_info(pictures)").fetchall():
+                asked = f"SELECT DISTINCT {_quoted(name)} FROM pictures LIMIT {most + 1}"
+                values = [] if name in OWN_COLUMNS else [row[0] for row in table.execute(asked)]
+                if 2 <= len(values) <= most:
+                    found[name] = sorted((v for v in values if v is not None), key=lambda v: (isinstance(v, str), v))
+        return found
 
     def _near(
         self,
@@ -182,6 +198,18 @@ class Gallery:
         except (sqlite3.Error, sqlite3.Warning) as error:
             known = ", ".join(row[1] for row in table.execute("PRAGMA table_info(pictures)"))
             raise ConfigError(f"the condition {where!r} is not valid: {error}; columns are {known}") from None
+
+
+def condition(values: Mapping[str, Any], where: str = "") -> str:
+    """An SQL condition: columns have given values (text, numbers), and `where` holds; ConfigError for another kind."""
+    parts = [f"({where})"] if where.strip() else []
+    for name, value in values.items():
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"the value of {name} is {value!r}; expected text or a number")
+        text = "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
+        # Without the table, SQLite takes an unknown name for text.
+        parts.append(f"pictures.{_quoted(name)} = {text}")
+    return " AND ".join(parts)
 
 
 def open_gallery(folder: str | Path) -> Gallery:
@@ -547,6 +575,8 @@ def _connected(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connect
     try:
         table = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)
         try:
+            limit = time.monotonic() + PATIENCE
+            table.set_progress_handler(None if write else lambda: time.monotonic() > limit, 100_000)
             if write:
                 table.execute(f"CREATE TABLE IF NOT EXISTS pictures ({_SCHEMA})")
             yield table

@@ -49,7 +49,7 @@ def search_gallery(
         queries += zip(pictures, encode_images(system.model, pictures, system.transform, progress=False), strict=True)
     hits = []
     for name, query in queries:
-        found = gallery.search(query, k, where, approximate)
+        found = gallery.search(query, k, where, approximate).drop(columns="vector")
         found.insert(0, "query", name)
         found.insert(1, "rank", range(1, len(found) + 1))
         hits.append(found)

@@ -1,21 +1,24 @@
 """Figures of alignment: maps of phrases over their pictures, pointing accuracy, and counterfactual changes."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmfa.analysis.changes import PICTURE, Changer, Counterfactual, Site, read_sites
 from fmfa.analysis.counterfactual import score_counterfactuals
 from fmfa.analysis.grounding import ALL, part_masks
-from fmfa.analysis.maps import GRADIENT, MAPS, PatchGrid, patch_grid, phrase_maps
+from fmfa.analysis.maps import GRADIENT, MAPS, PatchGrid, gradient_relevance, patch_grid, phrase_maps
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import load_image, resolve_image
+from fmfa.evaluation.evaluate import evaluating
 from fmfa.plots.retrieval import framed
 from fmfa.systems import System
 
@@ -112,6 +115,27 @@ def _map_grid(
             _outline(axis, masks[place])
     for axis, name in zip(axes[:, 0], ["picture", *columns]):
         axis.set_ylabel(name, fontsize=9, parse_math=False)
+    return figure
+
+
+def plot_looked(system: System, paths: Sequence[str | Path], words: str) -> Figure:
+    """Show which patches of pictures speak for a sentence or a phrase; see `gradient_relevance`.
+
+    The figure is not pyplot's, so that a server can draw many.
+    """
+    device = next(system.model.parameters()).device
+    given = torch.stack([system.transform(path) for path in paths]).to(device)
+    with evaluating(system.model):
+        ids = system.tokenizer([words] * len(paths)).to(device)
+        maps = gradient_relevance(system.model, given, ids).clamp(min=0).cpu().numpy()
+    pictures = [np.asarray(load_image(path)) for path in paths]
+    widths = [picture.shape[1] / picture.shape[0] for picture in pictures]
+    figure = Figure(figsize=(3 * sum(widths), 3), dpi=130)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.02)
+    axes = figure.subplots(1, len(paths), squeeze=False, width_ratios=widths)[0]
+    for axis, picture, values in zip(axes, pictures, maps):
+        axis.set_axis_off()
+        _overlay(axis, picture, patch_grid(system.model), values)
     return figure
 
 
