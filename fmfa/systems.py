@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, tb
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
 from fmfa.evaluation.evaluate import Evaluation, evaluate
-from fmfa.files import PROJECT
+from fmfa.files import PROJECT, read_json
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
@@ -27,7 +27,6 @@ from fmfa.models.weights import PREFIX as IVT_PREFIX
 from fmfa.models.weights import (
     TBPS_CLIP,
     LoadReport,
-    load_ivt,
     load_retriever,
     load_weights,
     recorded_model,
@@ -87,11 +86,21 @@ def build_system(config: TrainConfig, dataset: Dataset | None = None) -> System:
         CheckpointError: the weights cannot be found, fetched or read, or leave a part of an encoder random.
     """
     config = config.resolved()
-    model = build_ivt_model(config) if config.method == "ivt" else build_clip_model(config, dataset)
-    report = None
+    shipped = config.dataset.startswith(SIMPEDES)
+    model = _ivt(config, shipped) if config.method == "ivt" else _two_streams(config, dataset, shipped)
+    report, weights = None, project_path(config.weights)
     if config.weights != NO_WEIGHTS:
-        _refuse_damaged(config.weights)
-        report = load_ivt_start(config, model) if isinstance(model, IvtRetriever) else load_clip_start(config, model)
+        _refuse_damaged(weights)
+        shipped = shipped and not config.backbone and not config.text_weights
+        if isinstance(model, ClipRetriever):
+            weights = weights or str(TINY_WEIGHTS if shipped else FULL_WEIGHTS)
+        elif shipped:
+            weights = weights or str(TINY_IVT_WEIGHTS)
+        if weights and not config.text_weights:
+            report = load_weights(model, weights, position_grid=config.grid)
+        elif isinstance(model, IvtRetriever):
+            bert = config.text_weights or BERT
+            report = start_from_vit_and_bert(model, weights or VIT, bert, position_grid=config.grid)
     return _system(model, config.vocabulary, report)
 
 
@@ -102,7 +111,7 @@ def load_system(
 
     Args:
         source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, a weight
-            file of any layout that `load_weights` or `load_ivt` understands, weights that open_clip knows as MODEL/TAG
+            file of any layout that `load_weights` understands, weights that open_clip knows as MODEL/TAG
             (`ViT-B-16-quickgelu/openai`) or `hf-hub:...`, or empty for the shipped tiny CLIP. TBPS-CLIP's read pictures
             as their training did.
         device: where it works: auto (a GPU if available), cpu or cuda.
@@ -134,7 +143,7 @@ def load_system(
     _refuse_damaged(path)
     run = _run_of(path)
     kept = run / VOCABULARY if run else None
-    loaded, _ = load_retriever(path)
+    loaded = load_retriever(path)
     return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
 
 
@@ -302,26 +311,22 @@ def _run_of(path: Path) -> Path | None:
     return path if (path / CONFIG).is_file() else None
 
 
-def build_clip_model(config: TrainConfig, dataset: Dataset | None = None) -> ClipRetriever:
+def _two_streams(config: TrainConfig, dataset: Dataset | None, shipped: bool) -> ClipRetriever:
     """The model of a resolved configuration, with random weights.
 
     The ID loss has one class per training identity. FMFA's release has one per training pair, of which those beyond
     the identities are never right; so has the preset `released`, but not on SimPEDES.
-
-    Raises:
-        ConfigError: the parts do not fit, or a setting that belongs to IVT is given.
     """
     for name in ONLY_IVT:
         if value := getattr(config, name):
             raise ConfigError(f"{name} is {value!r}, but method {config.method!r} has no such thing: it belongs to ivt")
-    backbone = config.backbone or (TINY_BACKBONE if config.dataset.startswith(SIMPEDES) else FULL_BACKBONE)
     identities = 0
     if dataset is not None:
         train = dataset.split("train")
-        per_pair = config.method == "fmfa" and config.preset == "released" and not config.dataset.startswith(SIMPEDES)
+        per_pair = config.method == "fmfa" and config.preset == "released" and not shipped
         identities = len(train) if per_pair else int(train["label"].max()) + 1
     return ClipRetriever(
-        backbone,
+        config.backbone or (TINY_BACKBONE if shipped else FULL_BACKBONE),
         objectives(config.method, config.preset, config.dataset, **config.objective_overrides()),
         identities=identities,
         image_size=(config.image_height, config.image_width),
@@ -330,11 +335,26 @@ def build_clip_model(config: TrainConfig, dataset: Dataset | None = None) -> Cli
     )
 
 
-def load_clip_start(config: TrainConfig, model: ClipRetriever) -> LoadReport:
-    """Load the weights that training starts from; raises CheckpointError as `load_weights`."""
-    shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
-    weights = project_path(config.weights) or (TINY_WEIGHTS if shipped else FULL_WEIGHTS)
-    return load_weights(model, weights, position_grid=config.grid)
+def _ivt(config: TrainConfig, shipped: bool) -> IvtRetriever:
+    """The model of a resolved configuration, with random weights; the released sizes without a backbone."""
+    objective, backbone = config.objective_overrides(), config.backbone or (str(TINY_IVT_BACKBONE) if shipped else "")
+    if set(objective) - {"loss", "tau"} or ("tau" in objective and objective.get("loss") != "sdm"):
+        raise ConfigError(
+            f"objectives is {config.objectives!r}, but ivt is trained with one loss, and CMPM has no temperature: "
+            'expected "loss=cmpm" (as released) or "loss=sdm tau=0.02"'
+        )
+    sizes = {
+        **(read_json(backbone) if backbone else {}),
+        **objective,
+        "image_size": (config.image_height, config.image_width),
+        "stride": config.stride,
+        "mask_image": config.mask_image,
+        "mask_text": config.mask_text,
+    }
+    try:
+        return IvtRetriever(IvtConfig(**sizes), seed=config.seed)
+    except ConfigError as error:
+        raise ConfigError(f"no IVT of backbone {backbone or 'as released'!r}: {error}") from error
 
 
 def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:
@@ -354,44 +374,6 @@ def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:
             f"and data/vocabulary.json with {tokenizer.vocab_size}"
         )
     return tokenizer
-
-
-def build_ivt_model(config: TrainConfig) -> IvtRetriever:
-    """The model of a resolved configuration, with random weights.
-
-    Raises:
-        ConfigError: the parts do not fit.
-    """
-    source = config.backbone or (TINY_IVT_BACKBONE if config.dataset.startswith(SIMPEDES) else "")
-    sizes = (
-        _backbone(source)
-        | _objective(config)
-        | {
-            "image_size": (config.image_height, config.image_width),
-            "stride": config.stride,
-            "mask_image": config.mask_image,
-            "mask_text": config.mask_text,
-        }
-    )
-    return IvtRetriever(IvtConfig(**sizes), seed=config.seed)
-
-
-def load_ivt_start(config: TrainConfig, model: IvtRetriever) -> LoadReport:
-    """Load the weights that training starts from: an IVT file, or an ImageNet ViT and a BERT.
-
-    Raises:
-        CheckpointError: they cannot be found, fetched or read, or are of another shape.
-    """
-    shipped = config.dataset.startswith(SIMPEDES) and not config.backbone
-    weights = project_path(config.weights) or (str(TINY_IVT_WEIGHTS) if shipped and not config.text_weights else "")
-    if config.text_weights or not weights:
-        return start_from_vit_and_bert(model, weights or VIT, config.text_weights or BERT, position_grid=config.grid)
-    if not Path(weights).is_file():
-        raise CheckpointError(
-            f"weights {weights!r}: no such file. IVT starts from a local file (a released IVT checkpoint or an own "
-            ".safetensors), from an ImageNet ViT with BERT as text_weights, or from 'none'"
-        )
-    return load_ivt(model, weights, position_grid=config.grid)
 
 
 def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPieceTokenizer:
@@ -416,37 +398,3 @@ def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPiece
             f"{sizes.vocab_size}; give the vocab.txt that belongs to the backbone"
         )
     return tokenizer
-
-
-def _backbone(source: str | Path) -> dict:
-    """Fields of `IvtConfig` from a JSON file; none, the released sizes, without one."""
-    if not source:
-        return {}
-    try:
-        found = json.loads(Path(source).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone {str(source)!r}: expected a JSON file with IvtConfig's fields: {error}") from error
-    known = [field.name for field in fields(IvtConfig)]
-    if not isinstance(found, dict) or (unknown := sorted(set(found) - set(known))):
-        what = f"unknown {', '.join(unknown)}" if isinstance(found, dict) else f"a {type(found).__name__}"
-        raise ConfigError(
-            f"backbone {str(source)!r} holds {what}; expected an object with fields of {', '.join(known)}"
-        )
-    return found
-
-
-def _objective(config: TrainConfig) -> dict:
-    """Loss and temperature from `objectives`; CMPM without."""
-    found = config.objective_overrides()
-    chosen = {"loss": "cmpm", **found}
-    if unknown := sorted(set(found) - {"loss", "tau"}):
-        raise ConfigError(
-            f"objectives names {', '.join(unknown)}, but ivt is trained with one loss and knows loss and tau alone: "
-            '"loss=cmpm" (as released) or "loss=sdm tau=0.02"'
-        )
-    if "tau" in found and chosen["loss"] == "cmpm":
-        raise ConfigError(f"objectives has tau={found['tau']}, but CMPM has no temperature: leave it out, or loss=sdm")
-    tau = chosen.get("tau", 1)
-    if isinstance(tau, str | bool) or tau <= 0:
-        raise ConfigError(f"objectives has tau={tau}; expected a temperature above 0, such as tau=0.02")
-    return chosen

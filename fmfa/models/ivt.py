@@ -4,56 +4,60 @@ Shu et al., "See Finer, See More: Implicit Modality Alignment for Text-based Per
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, checked
 from fmfa.losses.matching import cmpm, pair_similarities, sdm
 from fmfa.models.distributed import gather, largest, world_size
 from fmfa.models.outputs import Encoded, ModelOutput, Retriever
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 MASKED_LOGIT = -10000.0  # what padding keys get, as released; a softmax gives them exactly 0
 
 
-@dataclass(frozen=True)
+@checked
 class IvtConfig:
-    """Sizes, regularisation and objective of IVT; the defaults are the released CUHK-PEDES model's."""
+    """Sizes, regularisation and objective of IVT; the defaults are the released CUHK-PEDES model's.
 
-    width: int = 768
-    depth: int = 12  # blocks
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    image_size: tuple[int, int] = (384, 128)  # height, width in pixels
-    patch: int = 16
-    stride: int = 12  # pixels; RSTPReid's released model has 16
-    vocab_size: int = 30522
-    positions: int = 512  # longest text
-    token_types: int = 2  # rows of the table; only row 0 is used
-    drop_path: float = 0.1  # of the last block; rises linearly from 0 in the first
-    text_dropout: float = 0.1  # in the text stem
-    mask_image: float = 0.2  # largest share of image tokens dropped in training (BMM); 0 = off
-    mask_text: float = 0.2  # the same for text tokens
+    Raises:
+        ConfigError: a value of the wrong type or outside its range, or sizes that do not fit together.
+    """
+
+    width: AtLeastOne = 768
+    depth: AtLeastOne = 12  # blocks
+    heads: AtLeastOne = 12
+    mlp_ratio: Positive = 4.0
+    image_size: tuple[AtLeastOne, AtLeastOne] = (384, 128)  # height, width in pixels
+    patch: AtLeastOne = 16
+    stride: AtLeastOne = 12  # pixels; RSTPReid's released model has 16
+    vocab_size: AtLeastOne = 30522
+    positions: AtLeastOne = 512  # longest text
+    token_types: AtLeastOne = 2  # rows of the table; only row 0 is used
+    drop_path: Share = 0.1  # of the last block; rises linearly from 0 in the first
+    text_dropout: Share = 0.1  # in the text stem
+    mask_image: Share = 0.2  # largest share of image tokens dropped in training (BMM); 0 = off
+    mask_text: Share = 0.2  # the same for text tokens
     loss: Literal["cmpm", "sdm"] = "cmpm"
-    tau: float = 0.02  # temperature of SDM; CMPM has none
+    tau: Positive = 0.02  # temperature of SDM; CMPM has none
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sizes that do not fit together and values outside their range."""
+        """Refuse sizes that do not fit together."""
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if min(self.image_size) < self.patch or not 1 <= self.stride <= self.patch:
+        if min(self.image_size) < self.patch or self.stride > self.patch:
             raise ConfigError(
                 f"patch {self.patch} at stride {self.stride} does not fit {self.image_size} pixels; "
                 "the patch must fit into the image and the stride lie between 1 and the patch"
             )
-        if not (0 <= self.mask_image < 1 and 0 <= self.mask_text < 1):
-            raise ConfigError(f"mask_image {self.mask_image} and mask_text {self.mask_text} must be shares in [0, 1)")
-        if self.loss not in ("cmpm", "sdm"):
-            raise ConfigError(f"loss {self.loss!r}: IVT is trained with 'cmpm' or 'sdm'")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from fmfa.models.weight_files import read_state_dict, require_numbers
 
 IRRA_HEADS = ("cross_attn.", "cross_modal_transformer.", "ln_pre_t.", "ln_pre_i.", "ln_post.", "mlm_head.")
 TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
-TBPS_CLIP = "TBPS-CLIP"
+TBPS_CLIP, VIT_AND_BERT = "TBPS-CLIP", "ViT and BERT"
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's state dicts
 NOT_ENCODERS = ("clip.logit_scale", "clip.logit_bias")
 IMAGE_TOWER = "clip.visual."
@@ -79,25 +79,24 @@ class LoadReport:
 
 
 def load_weights(
-    model: ClipRetriever,
-    pretrained: str | Path | Mapping[str, Tensor],
-    *,
-    position_grid: Grid | None = None,
+    model: ClipRetriever | IvtRetriever, pretrained: str | Path | State, *, position_grid: Grid | None = None
 ) -> LoadReport:
     """Load what fits of a weight file into a model, and say what happened to every tensor.
 
-    Understands files in IRRA's layout (IRRA, FMFA, NAM, HAM: CLIP under `base_model.`), OpenAI's, open_clip's and
-    TBPS-CLIP's (text encoder under `encode_text.`) CLIP files, and this project's checkpoints. Image positions of
-    another grid are resized bilinearly; text positions of a longer context are cut; any other tensor of another shape
-    is left out. Both encoders must get all of their tensors: only heads may be missing, such as an identity classifier
-    of another data set.
+    A two-stream model understands files in IRRA's layout (IRRA, FMFA, NAM, HAM: CLIP under `base_model.`), OpenAI's,
+    open_clip's and TBPS-CLIP's (text encoder under `encode_text.`) CLIP files, and this project's checkpoints; an IVT
+    released checkpoints, of which only `encoder_vl.*` belongs to the retriever. Image positions of another grid are
+    resized bilinearly; text positions of a longer context are cut; any other tensor of another shape is left out. The
+    encoders must get all of their tensors: only heads may be missing, such as an identity classifier of another data
+    set.
 
     Args:
         model: changed in place.
-        pretrained: a local file, a tag of open_clip for the model's backbone (`openai`),
-            `hf-hub:organisation/repository`, or tensors by name.
+        pretrained: a local file, tensors by name, or for a two-stream model a tag of open_clip for its backbone
+            (`openai`) or `hf-hub:organisation/repository`.
         position_grid: (rows, columns) of the file's image positions; None decides by `table_grid`, where the file's own
-            record or picture size comes first, then the model's grid and that of the backbone's configuration.
+            record or picture size comes first, then the model's grid and that of the backbone's configuration, of an
+            IVT its pictures at any stride.
 
     Returns:
         The report.
@@ -110,64 +109,46 @@ def load_weights(
     if isinstance(pretrained, Mapping):
         source, state = "the state dict", pretrained
     else:
-        source = str(find_weights(pretrained, model.backbone))
+        source = str(pretrained if isinstance(model, IvtRetriever) else find_weights(pretrained, model.backbone))
         state = read_state_dict(source)
-    layout = _layout(state)
-    custom_text = hasattr(model.clip, "text")
-    encoders = [name for name in model.state_dict() if name.startswith("clip.") and name not in NOT_ENCODERS]
-    image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
-    return _fit(
-        model,
-        {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS},
-        source,
-        layout,
-        network="CLIP",
-        parts={"image encoder": image, "text encoder": [name for name in encoders if name not in image]},
-        layouts="OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project",
-        renamed=lambda name: _own_name(name, layout, custom_text),
-        tables=(IMAGE_POSITIONS,),
-        grid=tuple(model.clip.visual.grid_size),
-        likely=_likely_grids(model, state, source),
-        given=position_grid,
-    )
+    layout = "IVT" if isinstance(model, IvtRetriever) else _layout(state)
+    return _fit(model, state, source, layout, _likely_grids(model, state, source), position_grid)
 
 
 def _fit(
-    model: nn.Module,
+    model: ClipRetriever | IvtRetriever,
     state: State,
     source: str,
     layout: str,
-    *,
-    network: str,
-    parts: Mapping[str, Sequence[str]],
-    layouts: str,
-    tables: Sequence[str],
-    grid: Grid,
     likely: Sequence[Mapping[Grid, str]],
     given: Grid | None,
-    renamed: Callable[[str], str] = str,
+    may_miss: Sequence[str] = NOT_ENCODERS,
 ) -> LoadReport:
-    """Load what fits into a model, unless a part of it would keep random values.
+    """Load what fits into a model, unless a part of it would keep random values; see `load_weights`.
 
     Args:
         model: changed in place.
         state: the tensors of the file.
         source, layout: of the report.
-        network: the model's name.
-        parts: names of the model's tensors that must all be loaded, by part.
-        layouts: whose names are understood.
-        tables: the model's tensors of image positions, on `grid`.
-        grid: of the model, (rows, columns).
         likely, given: of the file's grid, for `table_grid`.
-        renamed: from a name of the file to the model's.
-
-    Raises:
-        CheckpointError: see `load_weights`.
+        may_miss: tensors of the encoders that may keep their values.
     """
     own = model.state_dict()
+    tables: Sequence[str]
+    if isinstance(model, IvtRetriever):
+        network, layouts = "IVT", "IVT (released or of this project), or timm's ViT and BERT"
+        tables, grid, custom_text = POSITION_TABLES, model.sizes.grid, False
+        parts = {"encoder": [name for name in own if name not in may_miss]}
+    else:
+        network, layouts = "CLIP", "OpenAI's CLIP, open_clip, TBPS-CLIP, IRRA or this project"
+        tables, grid, custom_text = (IMAGE_POSITIONS,), tuple(model.clip.visual.grid_size), hasattr(model.clip, "text")
+        encoders = [name for name in own if name.startswith("clip.") and name not in may_miss]
+        image = [name for name in encoders if name.startswith(IMAGE_TOWER)]
+        parts = {"image encoder": image, "text encoder": [name for name in encoders if name not in image]}
+    state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
     accepted, resized, left_out, reasons, unfit = {}, [], [], {}, {}
     for name, tensor in state.items():
-        target = renamed(name)
+        target = _own_name(name, layout, custom_text)
         if target not in own:
             left_out.append(name)
             reasons[name] = "the model has no such tensor"
@@ -256,7 +237,7 @@ def _layout(found: Mapping[str, Tensor]) -> str:
 
 
 def _own_name(name: str, layout: str, custom_text: bool) -> str:
-    if layout == "fmfa":
+    if layout in ("fmfa", "IVT", VIT_AND_BERT):
         return name
     if name.startswith(IRRA_HEADS):
         return f"irr.{name}"
@@ -267,9 +248,12 @@ def _own_name(name: str, layout: str, custom_text: bool) -> str:
     return f"clip.text.{name}" if custom_text and name.startswith(TEXT_TOWER) else f"clip.{name}"
 
 
-def _likely_grids(model: ClipRetriever, found: Mapping[str, Tensor], path: str | Path) -> list[dict[Grid, str]]:
+def _likely_grids(model: ClipRetriever | IvtRetriever, found: State, path: str) -> list[dict[Grid, str]]:
     """Grids for `table_grid`: what the file says of itself, then those of the model and of its backbone."""
     said = {grid: "as recorded"} if (grid := recorded_grid(path)) else {}
+    if isinstance(model, IvtRetriever):
+        strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
+        return [said, {replace(model.sizes, stride=s).grid: f"these pictures at stride {s}" for s in strides}]
     patch = model.clip.visual.patch_size
     with suppress(KeyError, RuntimeError, ValueError, OverflowError):  # OpenAI's files have the side of their pictures
         side = int(found["input_resolution"])
@@ -289,38 +273,6 @@ def _on_grid(table: Tensor, grid: Grid, what: str, target: Grid) -> tuple[Tensor
     return resized, f"{positions}, grid {spoken} to {target[0]} x {target[1]}, bilinear ({spoken}: {what})"
 
 
-def load_ivt(
-    model: IvtRetriever,
-    source: str | Path | State,
-    *,
-    position_grid: Grid | None = None,
-) -> LoadReport:
-    """Load a released IVT checkpoint (fine-tuned or pre-trained), or any state dict with its names.
-
-    Only `encoder_vl.*` belongs to the retriever; the unused classifier, batch norm and temperature of
-    fine-tuned files and the fusion encoder of pre-trained ones are left out and listed.
-
-    Args:
-        model: receives the weights in place.
-        source: a file (torch's zip or legacy container, or safetensors) or the tensors by name.
-        position_grid: (rows, columns) of the file's tables; None decides by `table_grid`, where the file's own record
-            comes first, then the model's pictures at any stride.
-
-    Returns:
-        What was loaded, resized, left out, and what the model misses (keeps its own values).
-
-    Raises:
-        CheckpointError: the file cannot be read, a tensor of the model is missing, of another shape, or not of dense
-            finite floating-point numbers, or the grid of the tables is not known. The model is unchanged then.
-    """
-    state = source if isinstance(source, Mapping) else read_state_dict(source)
-    recorded = None if isinstance(source, Mapping) else recorded_grid(source)
-    strides = (model.sizes.stride, *range(model.sizes.patch, 0, -1))
-    own = {replace(model.sizes, stride=stride).grid: f"these pictures at stride {stride}" for stride in strides}
-    likely = [{recorded: "as recorded"} if recorded else {}, own]
-    return _fit_ivt(model, state, _name(source), "IVT", likely, position_grid)
-
-
 def start_from_vit_and_bert(
     model: IvtRetriever, vit: str | Path | State, bert: str | Path | State, *, position_grid: Grid | None = None
 ) -> LoadReport:
@@ -338,40 +290,17 @@ def start_from_vit_and_bert(
         position_grid: (rows, columns) of the ViT's positions; None takes a square.
 
     Returns:
-        As `load_ivt`; tensors without a place in IVT are listed after `vit:` or `bert:`.
+        As `load_weights`; tensors without a place in IVT are listed after `vit:` or `bert:`.
 
     Raises:
-        CheckpointError: a name cannot be fetched, or as in `load_ivt`.
+        CheckpointError: a name cannot be fetched, or as in `load_weights`.
     """
     state = _from_vit(_state_of(vit, _download_vit, "timm", "a ViT state dict with timm's names")) | _from_bert(
         _state_of(bert, _download_bert, "the Hugging Face hub", "a BERT state dict (model.safetensors)")
     )
     squares = dict.fromkeys(((side, side) for side in range(1, 65)), "square, as a ViT's")
-    return _fit_ivt(model, state, f"{_name(vit)} and {_name(bert)}", "ViT and BERT", [squares], position_grid, TYPES)
-
-
-def _fit_ivt(
-    model: IvtRetriever,
-    state: State,
-    source: str,
-    layout: str,
-    likely: Sequence[Mapping[Grid, str]],
-    given: Grid | None,
-    may_miss: Sequence[str] = (),
-) -> LoadReport:
-    return _fit(
-        model,
-        state,
-        source,
-        layout,
-        network="IVT",
-        parts={"encoder": [name for name in model.state_dict() if name not in may_miss]},
-        layouts="IVT (released or of this project), or timm's ViT and BERT",
-        tables=POSITION_TABLES,
-        grid=model.sizes.grid,
-        likely=likely,
-        given=given,
-    )
+    source = " and ".join("state dict" if isinstance(part, Mapping) else str(part) for part in (vit, bert))
+    return _fit(model, state, source, VIT_AND_BERT, [squares], position_grid, TYPES)
 
 
 def _from_vit(state: State) -> dict[str, Tensor]:
@@ -426,10 +355,6 @@ def _download_bert(name: str) -> nn.Module:
     return BertModel.from_pretrained(name)
 
 
-def _name(source: str | Path | State) -> str:
-    return "state dict" if isinstance(source, Mapping) else str(source)
-
-
 def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:
     """Write weights as safetensors with their record, and the record once more as JSON beside it.
 
@@ -441,17 +366,8 @@ def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor],
         path: ends in `.safetensors`; the JSON file has the same stem.
         weights: a module or its state dict.
         record: what JSON can hold; a retriever's `config` belongs under "model".
-
-    Raises:
-        CheckpointError: another suffix, or a record that JSON cannot hold.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: own checkpoints end in .safetensors")
-    try:
-        text = json.dumps(record, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the record cannot be written as JSON: {error}") from error
+    path, text = Path(path), json.dumps(record, indent=2, allow_nan=False)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -495,13 +411,10 @@ def recorded_grid(path: str | Path) -> tuple[int, int] | None:
     return None
 
 
-def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict]:
-    """Rebuild the retriever of an own checkpoint whose record has its `config` under "model".
+def load_retriever(path: str | Path) -> ClipRetriever | IvtRetriever:
+    """Rebuild the retriever of an own checkpoint, whose record has its `config` under "model", in evaluation mode.
 
-    A configuration with a `backbone` is a `ClipRetriever`'s, one with a `patch` an `IvtRetriever`'s.
-
-    Returns:
-        The model in evaluation mode, and the record.
+    A configuration with a `backbone` is a `ClipRetriever`'s, any other one an `IvtRetriever`'s.
 
     Raises:
         CheckpointError: not such a checkpoint, or weights that do not fit the recorded model or are not dense finite
@@ -511,15 +424,9 @@ def load_retriever(path: str | Path) -> tuple[ClipRetriever | IvtRetriever, dict
     for name, tensor in state.items():
         require_numbers(name, tensor, path)
     try:
-        model = _kind(record["model"]).from_config(record["model"])
+        kind = ClipRetriever if "backbone" in record["model"] else IvtRetriever
+        model = kind.from_config(record["model"])
         model.load_state_dict(state)
     except Exception as error:  # a record holds anything
         raise CheckpointError(f"{path}: its record does not describe its weights: {error}") from error
-    return model.eval(), record
-
-
-def _kind(config: Mapping) -> type[ClipRetriever] | type[IvtRetriever]:
-    for name, kind in (("backbone", ClipRetriever), ("patch", IvtRetriever)):
-        if name in config:
-            return kind
-    raise KeyError(f"{', '.join(config)}: neither a two-stream model's `backbone` nor IVT's `patch` among them")
+    return model.eval()

@@ -277,8 +277,8 @@ def test_a_few_steps_lower_the_joint_loss_of_three_levels():
         ({"heads": 3}, "width 32 is not a multiple of heads 3"),
         ({"stride": 9}, "patch 8 at stride 9"),
         ({"image_size": (32, 7)}, "does not fit"),
-        ({"mask_image": 1.0}, "mask_image 1.0"),
-        ({"loss": "itc"}, "trained with 'cmpm' or 'sdm'"),
+        ({"mask_image": 1.0}, "mask_image: should be less than 1"),
+        ({"loss": "itc"}, "loss: should be 'cmpm' or 'sdm'"),
     ],
 )
 def test_impossible_configurations_are_refused(change, message):

@@ -10,7 +10,7 @@ from toy_ivt import NARROW, UNUSED, bert_state, released_shapes, released_state,
 from fmfa.errors import CheckpointError
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.weight_files import read_state_dict
-from fmfa.models.weights import load_ivt, save_checkpoint, start_from_vit_and_bert
+from fmfa.models.weights import load_weights, save_checkpoint, start_from_vit_and_bert
 
 
 @pytest.mark.parametrize("stride", [12, 16])
@@ -38,7 +38,7 @@ def test_a_released_checkpoint_file_loads(tmp_path, stride, prefix):
     torch.save(content, path, _use_new_zipfile_serialization=False)
     assert path.read_bytes()[:2] != b"PK"
     model = IvtRetriever(config)
-    report = load_ivt(model, path)
+    report = load_weights(model, path)
     assert len(report.loaded) == 204
     assert set(report.left_out) == UNUSED
     assert not report.resized
@@ -71,7 +71,7 @@ def test_pretrained_checkpoints_with_a_fusion_encoder_load():
         "encoder_fusion.cls.predictions.bias": torch.ones(40),
         "itm.weight": torch.ones(2, 24),
     }
-    report = load_ivt(IvtRetriever(NARROW), state | extra)
+    report = load_weights(IvtRetriever(NARROW), state | extra)
     assert len(report.loaded) == 204
     assert set(report.left_out) == {"temp", "encoder_vl.embeddings.position_ids", *extra}
 
@@ -101,7 +101,7 @@ def test_positions_of_another_stride_are_resized_from_their_own_grid():
     state = released_state(replace(NARROW, stride=16))
     model = IvtRetriever(NARROW)
     tables = ("encoder_vl.pos_embed", "encoder_vl.type_embed")
-    report = load_ivt(model, state)
+    report = load_weights(model, state)
     assert set(report.resized) == set(tables)
     assert len(report.loaded) == 202
     for name in tables:
@@ -114,18 +114,18 @@ def test_positions_of_an_unknown_grid_are_refused_until_it_is_given(tmp_path):
     source, model = IvtRetriever(other, seed=1), IvtRetriever(config, seed=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"pos_embed: 144 image positions are a grid of 24 x 6 or 18 x 8.*_grid"):
-        load_ivt(model, source.state_dict())
+        load_weights(model, source.state_dict())
     with pytest.raises(CheckpointError, match="position_grid is 9 x 8, but the file has 144"):
-        load_ivt(model, source.state_dict(), position_grid=(9, 8))
+        load_weights(model, source.state_dict(), position_grid=(9, 8))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    report = load_ivt(model, source.state_dict(), position_grid=(18, 8))
+    report = load_weights(model, source.state_dict(), position_grid=(18, 8))
     assert "pos_embed: 144 positions, grid 18 x 8 to 24 x 8, bilinear (18 x 8: as given)" in str(report)
     expected = naive_resize(source.encoder_vl.pos_embed.detach(), (18, 8), (24, 8))
     assert np.allclose(model.state_dict()["encoder_vl.pos_embed"].numpy(), expected, atol=1e-5)
     save_checkpoint(tmp_path / "own.safetensors", source, {"model": source.config})
-    assert "18 x 8: as recorded" in str(load_ivt(model, tmp_path / "own.safetensors"))
+    assert "18 x 8: as recorded" in str(load_weights(model, tmp_path / "own.safetensors"))
     with pytest.raises(CheckpointError, match="71 image positions are no grid"):
-        load_ivt(model, released_state(NARROW) | {"encoder_vl.pos_embed": torch.randn(1, 1 + 71, 24)})
+        load_weights(model, released_state(NARROW) | {"encoder_vl.pos_embed": torch.randn(1, 1 + 71, 24)})
 
 
 def test_a_square_vit_grid_is_resized_even_where_the_model_has_as_many_patches():
@@ -196,12 +196,12 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
     state = released_state(NARROW)
     state["encoder_vl.embeddings.word_embeddings.weight"] = torch.ones(41, 24)
     with pytest.raises(CheckpointError, match=r"word_embeddings.*\[41, 24\].*\[40, 24\]"):
-        load_ivt(model, state)
+        load_weights(model, state)
     with pytest.raises(CheckpointError, match=r"none of its 1 tensors fits this model's IVT.*base_model\.a"):
-        load_ivt(model, {"base_model.a": torch.ones(1)})
+        load_weights(model, {"base_model.a": torch.ones(1)})
     text = {name: value for name, value in released_state(NARROW).items() if "mlp_txt" not in name}
     with pytest.raises(CheckpointError, match=r"random values in 48 of 204 .*blocks\.0\.mlp_txt\.fc1\.weight"):
-        load_ivt(model, text)
+        load_weights(model, text)
     with pytest.raises(CheckpointError, match=r"random values in 53 of 203 tensors; looked for .*word_embeddings"):
         start_from_vit_and_bert(model, vit_state(), {"text_model.embeddings": torch.ones(1)})
     for broken, said in (
@@ -209,7 +209,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
         (torch.ones(24) > 0, "of type bool"),
     ):
         with pytest.raises(CheckpointError, match=f"encoder_vl.norm.bias is {said}"):
-            load_ivt(model, released_state(NARROW) | {"encoder_vl.norm.bias": broken})
+            load_weights(model, released_state(NARROW) | {"encoder_vl.norm.bias": broken})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -12,7 +12,7 @@ from fmfa.losses.matching import cmpm
 from fmfa.metrics import feature_metrics
 from fmfa.models.backbone import resize_positions
 from fmfa.models.ivt import IvtConfig, IvtRetriever
-from fmfa.models.weights import load_ivt
+from fmfa.models.weights import load_weights
 from tests.parity.row import Row, compare
 
 GIVEN = re.compile(r"/kept_(img|txt)$|^units/.*_(img|txt|lab|pid|in)$")  # inputs of a quantity
@@ -50,7 +50,7 @@ def ivt_model(arrays: Mapping[str, np.ndarray]) -> IvtRetriever:
     )
     prefix = "state_dict/"
     weights = {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays if n.startswith(prefix)}
-    if changed := load_ivt(model, weights).resized:
+    if changed := load_weights(model, weights).resized:
         raise CheckpointError(f"the weights of the file do not have the sizes of its config: {', '.join(changed)}")
     return model.double()
 

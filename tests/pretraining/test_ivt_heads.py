@@ -9,7 +9,7 @@ from formats import CAPTIONS, write_pair_list, write_wordpiece
 from fmfa.data.images import ivt_evaluation, ivt_training
 from fmfa.errors import AnnotationError, ConfigError, ImageError
 from fmfa.models.ivt import IvtConfig, IvtRetriever
-from fmfa.models.weights import load_ivt
+from fmfa.models.weights import load_weights
 from fmfa.pretraining import ivt_heads as ivt_pretraining
 from fmfa.pretraining.ivt_heads import FusionEncoder, IvtPretrainer, hard_negatives, itc_uniform
 from fmfa.pretraining.methods import MaskedCaptions
@@ -238,7 +238,7 @@ def test_no_token_is_dropped_and_the_encoder_is_the_retrievers():
     assert model.temp.item() == 0.5
     again = IvtPretrainer.from_config(json.loads(json.dumps(model.config)))
     again.load_state_dict(state)
-    report = load_ivt(plain, state)
+    report = load_weights(plain, state)
     assert set(report.left_out) == {n for n in state if not n.startswith("encoder_vl.")}
     assert not report.missing
 

