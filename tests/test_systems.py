@@ -23,7 +23,7 @@ from fmfa.plots import retrieval as plots_retrieval
 from fmfa.pretrain import pretraining_table
 from fmfa.records import read_metrics, read_record
 from fmfa.simpedes.generate import generate, recipe
-from fmfa.simpedes.truth import read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.study.results import read_results, save_evaluation
 from fmfa.study.selection import epochs_table, score_epochs
 from fmfa.systems import (
@@ -284,7 +284,7 @@ def test_spans_are_the_truth_of_the_training_captions(root):
     data = open_dataset("SimPEDES-street", root, spans=True)
     truth = {
         (record["file_path"], caption["text"]): [phrase["text"] for phrase in caption["phrases"]]
-        for record in read_truth(root, "train")
+        for record in Truth(root).records("train")
         for caption in record["captions"]
     }
     for row in data.split("train").to_dict("records"):

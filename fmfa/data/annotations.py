@@ -19,7 +19,7 @@ from fmfa.data.images import unsafe_path
 from fmfa.errors import AnnotationError, ConfigError, told
 from fmfa.files import said_plainly
 from fmfa.simpedes.generate import DOMAINS
-from fmfa.simpedes.truth import Truth, is_simpedes, read_dataset_record
+from fmfa.simpedes.truth import Truth, is_simpedes
 
 VALIDATION_IDENTITIES = 200
 """Training identities held out for validation when a data set has none, as many as RSTPReid validates on."""
@@ -325,7 +325,7 @@ def _annotation_files(root: Path) -> list[Path]:
 def _said(file: Path) -> str:
     """The known data set that a file is of: by its name, SimPEDES by its folder; "" for the user's own."""
     if is_simpedes(file.parent):
-        return f"{SIMPEDES}-{read_dataset_record(file.parent)['recipe']['domain']}"
+        return f"{SIMPEDES}-{Truth(file.parent).record['recipe']['domain']}"
     return _GENERIC.get(file.name.lower()) or _published(file.stem)
 
 

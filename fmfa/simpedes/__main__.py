@@ -5,7 +5,7 @@ import json
 
 from fmfa.errors import FmfaError
 from fmfa.simpedes.generate import DOMAINS, SCALES, generate, recipe
-from fmfa.simpedes.truth import read_dataset_record
+from fmfa.simpedes.truth import Truth
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         root = generate(options["root"], recipe(**changes), options["workers"])
     except FmfaError as error:
         parser.exit(1, f"{error}\n")
-    print(json.dumps({k: v for k, v in read_dataset_record(root).items() if k != "files"}, indent=1))
+    print(json.dumps({k: v for k, v in Truth(root).record.items() if k != "files"}, indent=1))
 
 
 if __name__ == "__main__":

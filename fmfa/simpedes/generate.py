@@ -34,7 +34,7 @@ from fmfa.simpedes.camera import BASE_SIZE, CAMERAS, SEASONS, render
 from fmfa.simpedes.captions import STYLES, describe
 from fmfa.simpedes.ceiling import ceiling
 from fmfa.simpedes.people import population
-from fmfa.simpedes.truth import RECIPE, RECORD, TRUTH, check_files, parse_shard, read_object, write_dataset_record
+from fmfa.simpedes.truth import RECIPE, RECORD, TRUTH, Truth, parse_shard, read_object, write_dataset_record
 
 VERSION = 1
 DOMAINS = tuple(CAMERAS)
@@ -145,7 +145,9 @@ def _is_finished(root: Path, recipe: Recipe) -> bool:
     """Whether the data set is there, undamaged; False for one that is not there or was only begun."""
     finished = (root / RECORD).exists()
     if finished:
-        found = check_files(root)["recipe"]
+        truth = Truth(root)
+        truth.check()
+        found = truth.record["recipe"]
     elif (root / RECIPE).exists() or (root / TRUTH).exists():
         found = read_object(root, RECIPE)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fmfa.errors import AnnotationError
-from fmfa.files import read_json, write_json
+from fmfa.files import content_checksum, read_json, write_json
 
 RECORD, RECIPE, TRUTH = "dataset.json", "recipe.json", "truth"
 
@@ -26,17 +26,34 @@ class Truth:
     """What a SimPEDES data set knows: its record, and of each split people, pictures, phrases and part maps.
 
     Attributes:
-        record: `dataset.json`, see `read_dataset_record`.
+        record: `dataset.json`: the recipe, the counts, the ceiling of validation and test, checksums of the files.
     """
 
     def __init__(self, root: str | Path) -> None:
-        """The truth of the data set in `root`; AnnotationError if it is no SimPEDES, or damaged."""
-        self.root, self.record = Path(root), read_dataset_record(root)
+        """The truth of the data set in `root`; AnnotationError if it is no SimPEDES, or its record is damaged."""
+        self.root = Path(root)
+        if not is_simpedes(root):
+            raise AnnotationError(
+                f"{root} holds no ground truth: only SimPEDES has it (python -m fmfa.simpedes --help)"
+            )
+        self.record = read_object(self.root, RECORD)
+        if self.record.pop("checksum", None) != content_checksum(self.record):
+            raise _damaged(self.root, f"{self.root / RECORD} is not as this version wrote it")
         self._records: dict[str, list[dict[str, Any]]] = {}
 
-    def _read(self, split: str) -> list[dict[str, Any]]:
+    def check(self) -> None:
+        """Read all of the truth; AnnotationError if the recipe or a file is missing or not as it was written."""
+        for name in self.record["files"]:
+            self._read(name)
+
+    def records(self, split: str) -> list[dict[str, Any]]:
+        """The truth records of a split, one per picture; the keys are those of `generate.pictures`.
+
+        Raises:
+            AnnotationError: there is no truth of this split, or a damaged one.
+        """
         if split not in self._records:
-            self._records[split] = list(read_truth(self.root, split))
+            self._records[split] = [r for shard in self._shards(split) for r in parse_shard(self._read(shard))]
         return self._records[split]
 
     def ceiling(self, split: str) -> dict[str, float] | None:
@@ -50,7 +67,7 @@ class Truth:
 
     def pictures(self, split: str) -> pd.DataFrame:
         """One row per picture (index `image`): `identity`, and what else its truth record holds."""
-        table = pd.DataFrame(self._read(split)).rename(columns={"id": "identity", "file_path": "image"})
+        table = pd.DataFrame(self.records(split)).rename(columns={"id": "identity", "file_path": "image"})
         return table.set_index("image")
 
     def phrases(self, split: str) -> pd.DataFrame:
@@ -61,7 +78,7 @@ class Truth:
         """
         rows = [
             {"image": record["file_path"], "identity": record["id"], "caption": caption["text"], **phrase}
-            for record in self._read(split)
+            for record in self.records(split)
             for caption in record["captions"]
             for phrase in caption["phrases"]
         ]
@@ -79,7 +96,7 @@ class Truth:
         """
         known = {
             (record["file_path"], caption["text"]): caption["phrases"]
-            for record in reversed(self._read(split))
+            for record in reversed(self.records(split))
             for caption in reversed(record["captions"])
         }
         wanted = list(zip(rows["image"], rows["caption"], strict=True))
@@ -92,7 +109,29 @@ class Truth:
 
     def parts(self, split: str) -> dict[str, np.ndarray]:
         """Part maps by image: uint8 [H, W], positions in `canvas.PARTS`."""
-        return read_parts(self.root, split)
+        maps: dict[str, np.ndarray] = {}
+        for shard in self._shards(split):
+            paths = [record["file_path"] for record in parse_shard(self._read(shard))]
+            with np.load(io.BytesIO(self._read(shard.replace(".jsonl", ".npz")))) as arrays:
+                maps.update(zip(paths, arrays["parts"], strict=True))
+        return maps
+
+    def _shards(self, split: str) -> list[str]:
+        start, end = f"{TRUTH}/{split}-", ".jsonl"
+        shards = [name for name in self.record["files"] if name.startswith(start) and name.endswith(end)]
+        if not shards:
+            raise AnnotationError(f"{self.root} holds no ground truth for split {split!r}: expected {start}*{end}")
+        return shards
+
+    def _read(self, name: str) -> bytes:
+        file = self.root / name
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise _damaged(self.root, f"{file} cannot be read ({error.strerror})") from None
+        if hashlib.sha256(content).hexdigest() != self.record["files"][name]:
+            raise _damaged(self.root, f"{file} is not as it was written")
+        return content
 
 
 def told_truly(phrases: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -107,62 +146,9 @@ def told_truly(phrases: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...
 
 def write_dataset_record(root: Path, record: dict, files: Iterable[Path]) -> None:
     """Write `dataset.json`, which finishes a data set: `record` with checksums of itself and of `files`."""
-    checksums = {file.relative_to(root).as_posix(): _checksum(file.read_bytes()) for file in files}
-    record = record | {"files": checksums}
-    write_json(root / RECORD, record | {"checksum": _record_checksum(record)})
-
-
-def read_dataset_record(root: str | Path) -> dict:
-    """Return `dataset.json`: the recipe, the counts, the ceiling of validation and test, checksums of recipe and truth.
-
-    Raises:
-        AnnotationError: `root` is no SimPEDES, or its `dataset.json` is missing or damaged.
-    """
-    root = Path(root)
-    if not is_simpedes(root):
-        raise AnnotationError(f"{root} holds no ground truth: only SimPEDES has it (python -m fmfa.simpedes --help)")
-    record = read_object(root, RECORD)
-    if record.pop("checksum", None) != _record_checksum(record):
-        raise _damaged(root, f"{root / RECORD} is not as this version wrote it")
-    return record
-
-
-def check_files(root: str | Path) -> dict:
-    """Return `dataset.json` of a data set whose recipe and truth are as they were written.
-
-    Raises:
-        AnnotationError: one is missing or damaged.
-    """
-    record = read_dataset_record(root)
-    for name in record["files"]:
-        _read_file(root, name, record["files"])
-    return record
-
-
-def read_truth(root: str | Path, split: str) -> Iterator[dict]:
-    """Yield the truth records of a split, one a picture; the keys are those of `generate.pictures`.
-
-    Raises:
-        AnnotationError: `root` holds no truth of this split, or a damaged one.
-    """
-    files = read_dataset_record(root)["files"]
-    for shard in _shards(root, split, files):
-        yield from parse_shard(_read_file(root, shard, files))
-
-
-def read_parts(root: str | Path, split: str) -> dict[str, np.ndarray]:
-    """Return the part maps of a split by file path: uint8 [H, W], positions in `canvas.PARTS`.
-
-    Raises:
-        AnnotationError: see `read_truth`.
-    """
-    files = read_dataset_record(root)["files"]
-    maps: dict[str, np.ndarray] = {}
-    for shard in _shards(root, split, files):
-        paths = [record["file_path"] for record in parse_shard(_read_file(root, shard, files))]
-        with np.load(io.BytesIO(_read_file(root, shard.replace(".jsonl", ".npz"), files))) as arrays:
-            maps.update(zip(paths, arrays["parts"], strict=True))
-    return maps
+    sums = {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    record = record | {"files": sums}
+    write_json(root / RECORD, record | {"checksum": content_checksum(record)})
 
 
 def read_object(root: str | Path, name: str) -> dict:
@@ -176,32 +162,6 @@ def read_object(root: str | Path, name: str) -> dict:
 def parse_shard(content: bytes) -> Iterator[dict]:
     """Yield the truth records of a `.jsonl` file."""
     yield from map(json.loads, content.splitlines())
-
-
-def _shards(root: str | Path, split: str, files: dict[str, str]) -> list[str]:
-    shards = [name for name in files if name.startswith(f"{TRUTH}/{split}-") and name.endswith(".jsonl")]
-    if not shards:
-        raise AnnotationError(f"{root} holds no ground truth for split {split!r}: expected {TRUTH}/{split}-*.jsonl")
-    return shards
-
-
-def _read_file(root: str | Path, name: str, checksums: dict[str, str]) -> bytes:
-    file = Path(root) / name
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise _damaged(root, f"{file} cannot be read ({error.strerror})") from None
-    if _checksum(content) != checksums[name]:
-        raise _damaged(root, f"{file} is not as it was written")
-    return content
-
-
-def _record_checksum(record: dict) -> str:
-    return _checksum(json.dumps(record, sort_keys=True).encode())
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _damaged(root: str | Path, found: object) -> AnnotationError:

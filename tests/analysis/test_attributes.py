@@ -15,7 +15,7 @@ from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of
 from fmfa.models.clip import ClipRetriever
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.simpedes.people import ATTRIBUTES
-from fmfa.simpedes.truth import Truth, read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.text.bytepair import small_tokenizer
 
 COUNTS = ["errors", "n_wrong", "n_told", "n_told_and_wrong"]
@@ -53,7 +53,7 @@ def nearest(evaluation, query):
 
 def test_errors_by_brute_force(root, rows):
     evaluation = made_up(rows)
-    records = {record["file_path"]: record for record in read_truth(root, "test")}
+    records = {record["file_path"]: record for record in Truth(root).records("test")}
     expected = {name: Counter(dict.fromkeys(COUNTS, 0)) for name in ATTRIBUTES}
     chance = {name: [] for name in ATTRIBUTES}
     for query, row in evaluation.rows.iterrows():
@@ -89,7 +89,7 @@ def test_errors_by_brute_force(root, rows):
 
 def test_a_mistaken_phrase_tells_nothing(root, rows):
     """All phrases of the split that are wrong about an attribute: none of them may count as telling it."""
-    captions = [c for r in read_truth(root, "test") for c in r["captions"]]
+    captions = [c for r in Truth(root).records("test") for c in r["captions"]]
     lying = {c["text"]: {n for p in c["phrases"] for n in p["mistakes"]} for c in captions}
     chosen = rows[[bool(lying[text]) for text in rows["caption"]]]
     pictures = rows.groupby("identity").head(1)
@@ -111,7 +111,7 @@ def test_a_mistaken_phrase_tells_nothing(root, rows):
 
 def test_family_share_by_brute_force(root, rows):
     evaluation = made_up(rows)
-    records = {record["file_path"]: record for record in read_truth(root, "test")}
+    records = {record["file_path"]: record for record in Truth(root).records("test")}
     best = [records[evaluation.gallery["image"][nearest(evaluation, query)]] for query in range(len(rows))]
     wanted = [records[image] for image in evaluation.rows["image"]]
     found = family_share(evaluation, Truth(root), "test")

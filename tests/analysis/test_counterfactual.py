@@ -32,7 +32,7 @@ from fmfa.models.outputs import Encoded
 from fmfa.plots.alignment import counterfactual_strip, plot_counterfactual
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.simpedes.people import ATTRIBUTES, COLOURS, SIDES, Person, population
-from fmfa.simpedes.truth import read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.simpedes.words import COLOUR_WORDS, HAIR_WORDS, TYPE_WORDS
 from fmfa.systems import System, load_system
 
@@ -60,7 +60,7 @@ def test_an_unchanged_picture_is_the_stored_one_bit_by_bit(tmp_path, domain):
     sizes = {"height": 128, "width": 48} if domain == "station" else {}
     root = generate(tmp_path / domain, recipe("tiny", domain, 4, **counts, **sizes), workers=1, progress=False)
     size = (sizes.get("height", 96), sizes.get("width", 32))
-    records = list(read_truth(root, "test"))
+    records = list(Truth(root).records("test"))
     assert len(records) == 32
     for record in records:
         stored = np.asarray(Image.open(root / "imgs" / record["file_path"]))
@@ -71,7 +71,7 @@ def test_an_unchanged_picture_is_the_stored_one_bit_by_bit(tmp_path, domain):
 def test_a_picture_of_another_renderer_is_refused(tmp_path):
     counts = {"train": 0, "val": 0, "test": 2}
     root = generate(tmp_path, recipe("tiny", **counts), workers=1, progress=False)
-    for record in read_truth(root, "test"):
+    for record in Truth(root).records("test"):
         path = root / "imgs" / record["file_path"]
         picture = np.array(Image.open(path))
         picture[0, 0, 0] ^= 1

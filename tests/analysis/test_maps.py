@@ -39,7 +39,7 @@ from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import Objectives
 from fmfa.simpedes.canvas import PARTS
-from fmfa.simpedes.truth import read_parts, read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.systems import System
 
 
@@ -180,7 +180,7 @@ def test_the_grid_of_a_model_is_that_of_its_tokens():
 
 def test_phrases_are_the_words_of_their_captions_and_have_their_part(tiny):
     phrases = draw_phrases(tiny, "test", 10_000)
-    truth = {r["file_path"]: r for r in read_truth(tiny.images.parent, "test")}
+    truth = {r["file_path"]: r for r in Truth(tiny.images.parent).records("test")}
     assert all(r.caption[r.start : r.end] == r.phrase for r in phrases.itertuples())
     assert set(phrases["part"]) <= set(PARTS)
     masks = part_masks(tiny, "test", phrases)
@@ -210,7 +210,7 @@ def test_no_ground_truth_is_said(tmp_path, tiny):
 
 def test_the_prior_is_the_mean_place_in_training(tiny):
     grid = PatchGrid((96, 32), (8, 8), (8, 8))
-    maps = read_parts(tiny.images.parent, "train").values()
+    maps = Truth(tiny.images.parent).parts("train").values()
     expected = np.mean([grid.coverage((m == PARTS.index("bag"))[None])[0] for m in maps], axis=0)
     np.testing.assert_allclose(prior_coverage(tiny, grid)["bag"], expected, atol=1e-6)
 

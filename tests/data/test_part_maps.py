@@ -15,7 +15,7 @@ from fmfa.data.part_maps import PartMaps
 from fmfa.errors import AnnotationError, ConfigError
 from fmfa.simpedes.canvas import PARTS
 from fmfa.simpedes.generate import generate, recipe
-from fmfa.simpedes.truth import read_parts, read_truth
+from fmfa.simpedes.truth import Truth
 from fmfa.text.bytepair import small_tokenizer
 from fmfa.text.levels import swap_sides, swapped_span
 from fmfa.training.batches import TableBatches
@@ -36,7 +36,7 @@ def simpedes(tmp_path_factory):
 def truth(simpedes):
     return {
         (record["file_path"], caption["text"]): caption["phrases"]
-        for record in read_truth(simpedes.images.parent, "train")
+        for record in Truth(simpedes.images.parent).records("train")
         for caption in record["captions"]
     }
 
@@ -45,7 +45,7 @@ def truth(simpedes):
 def telling(simpedes, tmp_path_factory):
     """The pictures replaced by their part maps, so that a picture says what its map has to be."""
     folder = tmp_path_factory.mktemp("telling")
-    for name, parts in read_parts(simpedes.images.parent, "train").items():
+    for name, parts in Truth(simpedes.images.parent).parts("train").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         grey = (parts + 1) * np.uint8(GREY)
         Image.fromarray(np.stack([grey] * 3, axis=-1)).save(folder / name)
@@ -90,7 +90,7 @@ def test_maps_move_with_the_picture(simpedes, telling):
 
 def test_half_of_the_maps_are_mirrored_with_their_pictures(simpedes, telling):
     data = pairs(simpedes, images=telling, transform=fmfa_evaluation(SIZE))
-    maps, table = read_parts(simpedes.images.parent, "train"), simpedes.split("train")
+    maps, table = Truth(simpedes.images.parent).parts("train"), simpedes.split("train")
     mirrored = []
     for row in range(len(data)):
         sample, plain = data[row], torch.from_numpy(maps[table["image"][row]])

@@ -15,7 +15,7 @@ from fmfa.evaluation.evaluate import Evaluation, gallery_of
 from fmfa.notebook import VisualiseParameters
 from fmfa.plots import alignment as plots_alignment
 from fmfa.plots import systems as plots_systems
-from fmfa.simpedes.truth import read_truth, told_truly
+from fmfa.simpedes.truth import Truth, told_truly
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_side_by_side_says_what_the_caption_rules_out(tiny):
     query = plots_systems.pick_disagreements({"a": evaluation}, 1)[0]
     figure = plots_systems.plot_side_by_side({"a": evaluation, "b": evaluation}, tiny, "test", query, k=5)
     row, matches = evaluation.rows.iloc[query], evaluation.top_matches(query, 5)
-    records = {r["file_path"]: r for r in read_truth(tiny.images.parent, "test")}
+    records = {r["file_path"]: r for r in Truth(tiny.images.parent).records("test")}
     told = told_truly(next(c for c in records[row["image"]]["captions"] if c["text"] == row["caption"])["phrases"])
     assert len(figure.axes) == 12
     for axis, match in zip(figure.axes[1:6], matches.itertuples()):

@@ -26,7 +26,7 @@ from fmfa.simpedes.canvas import PARTS
 from fmfa.simpedes.captions import STYLES, describe
 from fmfa.simpedes.generate import generate, recipe
 from fmfa.simpedes.people import ATTRIBUTES, SIDES, change, draw_person, options, population
-from fmfa.simpedes.truth import is_simpedes, read_dataset_record, read_parts, read_truth, told_truly
+from fmfa.simpedes.truth import Truth, is_simpedes, told_truly
 
 CAMERA = CAMERAS["street"][0]
 generation = importlib.import_module("fmfa.simpedes.generate")  # the package has a function of this name
@@ -236,8 +236,8 @@ def test_the_cuhk_layout_is_read_like_the_real_one(tiny):
 
 
 def test_truth_lies_beside_every_picture(tiny):
-    truth = list(read_truth(tiny, "val"))
-    parts = read_parts(tiny, "val")
+    truth = list(Truth(tiny).records("val"))
+    parts = Truth(tiny).parts("val")
     assert [t["file_path"] for t in truth] == list(parts)
     for record in truth[:10]:
         person_pixels = sum(v for k, v in record["visible"].items() if k not in ("background", "occluder"))
@@ -247,13 +247,13 @@ def test_truth_lies_beside_every_picture(tiny):
 
 
 def test_families_never_straddle_splits(tiny):
-    families = [{t["family"] for t in read_truth(tiny, split)} for split in ("train", "val", "test")]
+    families = [{t["family"] for t in Truth(tiny).records(split)} for split in ("train", "val", "test")]
     assert not families[0] & families[2]
 
 
 def test_the_ceiling_by_brute_force(tiny):
     stored = json.loads((tiny / "dataset.json").read_text())["ceiling"]["test"]
-    truth = list(read_truth(tiny, "test"))
+    truth = list(Truth(tiny).records("test"))
     people = {t["id"]: t["attributes"] for t in truth}
     scores = []
     for record in truth:
@@ -330,8 +330,8 @@ def few(tmp_path_factory):
 
 
 def _read_everything(root):
-    read_dataset_record(root)
-    return [(list(read_truth(root, split)), read_parts(root, split)) for split in ("train", "val", "test")]
+    Truth(root)
+    return [(list(Truth(root).records(split)), Truth(root).parts(split)) for split in ("train", "val", "test")]
 
 
 def test_a_finished_data_set_is_opened_without_writing(few, tmp_path):
@@ -403,16 +403,16 @@ def _same_json(new, old):
 
 
 def test_a_missing_split_is_no_empty_one(few):
-    for read in (read_truth, read_parts):
+    for read in (Truth.records, Truth.parts):
         with pytest.raises(AnnotationError, match=r"no ground truth for split 'query': expected truth/query-\*\.jsonl"):
-            list(read(few, "query"))
+            read(Truth(few), "query")
 
 
 def test_data_made_again_in_one_process_is_read_anew(tmp_path):
     for seed in (0, 1):
         root = _made(tmp_path / "data", seed=seed)
         stored = np.load(root / "truth" / "test-0000.npz")["parts"]
-        np.testing.assert_array_equal(list(read_parts(root, "test").values()), stored)
+        np.testing.assert_array_equal(list(Truth(root).parts("test").values()), stored)
         shutil.rmtree(root)
 
 
