@@ -22,6 +22,7 @@ from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
 from fmfa.models.outputs import Retriever
+from fmfa.models.rde import HEADS, RdeRetriever
 from fmfa.models.weight_files import read_state_dict
 from fmfa.models.weights import PREFIX as IVT_PREFIX
 from fmfa.models.weights import (
@@ -113,7 +114,7 @@ def load_system(
         source: a run folder (its best checkpoint on validation is taken), an own `.safetensors` checkpoint, a weight
             file of any layout that `load_weights` understands, weights that open_clip knows as MODEL/TAG
             (`ViT-B-16-quickgelu/openai`) or `hf-hub:...`, or empty for the shipped tiny CLIP. TBPS-CLIP's read pictures
-            as their training did.
+            as their training did; RDE's search with both of their branches.
         device: where it works: auto (a GPU if available), cpu or cuda.
         dataset: name of the data that is searched, whose preset sizes a foreign file gets where `model` has none.
         vocabulary: of an IVT; empty for the one in its run folder, or the one of the model's size.
@@ -131,6 +132,8 @@ def load_system(
         known = {"dataset": dataset, "vocabulary": vocabulary} | given
         config = _foreign(source, {name: value for name, value in known.items() if value})
         system = build_system(config)
+        if system.report and any(name.startswith(tuple(HEADS)) for name in system.report.left_out):
+            system = _with_second_branch(system, system.report)
         system.model.eval().to(choose_device(device))
         if system.report and system.report.layout == TBPS_CLIP:
             system = replace(system, transform=tbps_clip_evaluation(system.transform.size))
@@ -145,6 +148,17 @@ def load_system(
     kept = run / VOCABULARY if run else None
     loaded = load_retriever(path)
     return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
+
+
+def _with_second_branch(system: System, report: LoadReport) -> System:
+    """RDE: the model that read its file's CLIP, with the branch that the file has beside it."""
+    used = tuple(name for name in report.left_out if name.startswith(tuple(HEADS)))
+    rest = tuple(name for name in report.left_out if name not in used)
+    report = replace(report, loaded=report.loaded + used, left_out=rest, layout="RDE",
+                     reasons={name: why for name, why in report.reasons.items() if name not in used})  # fmt: skip
+    assert isinstance(system.model, ClipRetriever)
+    model = RdeRetriever(system.model, read_state_dict(report.source), report.source)
+    return replace(system, model=model, report=report)
 
 
 def load_systems(sources: Sequence[str], device: str = "cpu", **parameters: Any) -> dict[str, System]:
