@@ -36,7 +36,7 @@ QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connectio
 # A kernel ends with a killed runner by itself, but not while it starts.
 BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
-FOLDERS = ("root", "cache", "run", "runs", "folder", "results", "tuning", "away")
+FOLDERS = ("root", "cache", "run", "runs", "folder", "gallery", "export", "results", "tuning", "away")
 """Parameters that are paths."""
 FILES = ("weights", "text_weights", "backbone", "vocabulary")
 """Parameters that are paths or names of something that is fetched."""
@@ -530,8 +530,6 @@ class EvaluateParameters(SystemParameters):
     """Parameters of `notebooks/04_evaluate.ipynb`, checked."""
 
     run: str
-    sentence: str
-    folder: str
     phrases: Annotated[int, Field(ge=0)]
     counterfactuals: Annotated[int, Field(ge=0)]
 
@@ -549,6 +547,19 @@ class VisualiseParameters(SystemParameters):
         """Check that there is the results folder; raises ConfigError."""
         if self.results:
             require_results(self.results)
+
+
+@checked
+class SearchParameters:
+    """Parameters of `notebooks/07_search.ipynb`, checked."""
+
+    gallery: str
+    query: str
+    where: str
+    k: Annotated[int, Field(ge=1, le=100)]
+    export: str
+    weights: str
+    device: str
 
 
 def require_results(folder: str) -> None:

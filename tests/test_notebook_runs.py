@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from formats import write_cuhk, write_icfg, write_rstp
 
+from fmfa.gallery import build_gallery
 from fmfa.notebook import run_notebook
 from fmfa.simpedes.generate import generate, recipe
+from fmfa.systems import load_system
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "notebooks" / "01_data.ipynb"
@@ -71,7 +74,7 @@ def test_01_on_a_real_format(run, tmp_path, dataset, write, first_line):
 
 
 @SECOND
-@pytest.mark.parametrize("name", ["01_data", "02_methods", "04_evaluate", "05_ablation", "06_visualise"])
+@pytest.mark.parametrize("name", ["01_data", "02_methods", "04_evaluate", "05_ablation", "06_visualise", "07_search"])
 def test_a_notebook_with_its_defaults_by_nbval(monkeypatch, name):
     by_nbval(monkeypatch, ROOT / "notebooks" / f"{name}.ipynb")
 
@@ -89,3 +92,17 @@ def by_nbval(monkeypatch, notebook):
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"{len(cells)} passed" in done.stdout
+
+
+@FIRST
+def test_07_with_a_query_and_a_gallery_of_ones_own(run, tmp_path):
+    root = generate(tmp_path / "street", recipe("tiny"), workers=1, progress=False)
+    described = {"source": "", "model": {}}
+    build_gallery(tmp_path / "g", str(root / "imgs"), load_system(), described, progress=False)
+    notebook, table = ROOT / "notebooks" / "07_search.ipynb", tmp_path / "hits.csv"
+    given = {"query": "a man in blue", "where": "vector < 100", "k": 7, "export": str(table), "device": "cpu"}
+    record, printed, figures = run(notebook, gallery=str(tmp_path / "g"), **given)
+    assert record["status"] == "finished"
+    assert "Of 240 pictures the best has cosine" in printed
+    assert figures == 3  # hits, more like the best, where it looked
+    assert len(pd.read_csv(table)) == 7

@@ -212,46 +212,6 @@ def top_matches(similarity: Tensor, k: int = 10) -> Tensor:
     return similarity.argsort(descending=True, stable=True)[:k]
 
 
-def search_folder(
-    model: Retriever,
-    sentence: str,
-    folder: str | Path,
-    tokenizer: Tokenizer,
-    transform: ImageTransform,
-    *,
-    k: int = 10,
-    batch_size: int = BATCH_SIZE,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """The k pictures of a folder (and its subfolders) that fit a sentence best, best first.
-
-    Hidden files and folders are not searched; links are followed. What cannot be read is left out, with a warning that
-    names each picture and the reason; a sentence of which the model reads only the beginning gets one too.
-
-    Returns:
-        Table with `image` (posix path relative to `folder`) and `similarity` (cosine).
-
-    Raises:
-        ConfigError: an empty sentence.
-        ImageError: no such folder, or no picture in it that can be read.
-    """
-    query = encode_sentence(model, sentence, tokenizer)
-    folder = Path(folder)
-    if not os.path.isdir(folder):
-        raise ImageError(f"{folder} is not a folder; give the folder of the pictures to search")
-    paths, faults = pictures_below(folder)
-    encoded = encode_images(model, paths, transform, faults=faults, batch_size=batch_size, progress=progress)
-    names = np.array([Path(path).relative_to(folder).as_posix() for path in paths if path not in faults])
-    left_out = "\n".join(fault.replace(f"{folder}{os.sep}", "", 1) for _, fault in sorted(faults.items()))
-    if not len(names):
-        raise ImageError(f"{folder} holds no pictures that can be read\n{left_out}".rstrip())
-    if faults:
-        warnings.warn(f"left out of the search, {len(faults):,} in all:\n{left_out}", stacklevel=2)
-    similarity = _cosine(query[None], encoded)[0]
-    best = top_matches(similarity, k).numpy()
-    return pd.DataFrame({"image": names[best], "similarity": similarity.numpy()[best]})
-
-
 def encode_sentence(model: Retriever, sentence: str, tokenizer: Tokenizer) -> Tensor:
     """Embedding of a sentence to search for: float32 [D], not normalised; a warning tells if its end is not read.
 

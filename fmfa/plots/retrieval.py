@@ -176,19 +176,17 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
     return figure
 
 
-def folder_grid(matches: pd.DataFrame, folder: str | Path, sentence: str = "", columns: int = 5) -> Figure:
-    """Show what `fmfa.evaluation.evaluate.search_folder` found, best first, with rank, similarity and file name."""
-    lines = -(-len(matches) // columns)
+def hit_grid(hits: pd.DataFrame, title: str = "", columns: int = 5) -> Figure:
+    """Show hits of a gallery (`path`, `cosine`, best first) with rank, cosine and file name."""
+    lines = max(1, -(-len(hits) // columns))
     figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 3.2 * lines), squeeze=False,
                                 layout="constrained")  # fmt: skip
     for axis in axes.flat:
         axis.set_axis_off()
-    for rank, (axis, match) in enumerate(zip(axes.flat, matches.itertuples(index=False)), start=1):
-        name = textwrap.shorten(_plain(Path(match.image).name), 26, placeholder="...")
-        framed(axis, Path(folder) / match.image, f"{rank}: {match.similarity:.3f}\n{name}")
-    if sentence:
-        title = textwrap.fill(_plain(sentence), 22 * columns, max_lines=3, placeholder=" ...")
-        figure.suptitle(title, parse_math=False)
+    for rank, (axis, hit) in enumerate(zip(axes.flat, hits.itertuples(index=False)), start=1):
+        name = textwrap.shorten(_plain(Path(hit.path).name), 26, placeholder="...")
+        framed(axis, hit.path, f"{rank}: {hit.cosine:.3f}\n{name}")
+    figure.suptitle(textwrap.fill(_plain(title), 22 * columns, max_lines=3, placeholder=" ..."), parse_math=False)
     return figure
 
 

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,10 @@ from fmfa.evaluation.evaluate import (
     Evaluation,
     encode_captions,
     encode_images,
+    encode_sentence,
     evaluate,
     gallery_of,
-    search_folder,
+    pictures_below,
     top_matches,
 )
 from fmfa.metrics import rank_metrics
@@ -171,29 +173,28 @@ def test_ties_count_against_the_model_in_ranks_and_lists_alike(split, equal):
         pd.testing.assert_frame_equal(same, matches[:3])
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_folder_is_searched_by_a_sentence(split, tmp_path):
+def test_a_folder_has_the_pictures_that_are_not_hidden(split, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     for hidden in ("blue/._0.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", ".cache/b.png", ".c.png"):
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / hidden).write_text("no picture")
     Image.new("RGB", (4, 4), COLOURS["blue"]).save(tmp_path / "TOP.JPG")
-    found = search_folder(ColourModel(), "person blue", tmp_path, WordTokenizer(), TRANSFORM, k=4)
-    assert set(found["image"]) == {"TOP.JPG", "blue/0.png", "blue/1.png", "blue/2.png"}
-    assert found["similarity"].is_monotonic_decreasing
-    assert found["similarity"].iloc[0] == pytest.approx(1, abs=1e-3)
-    assert len(search_folder(ColourModel(), "red", tmp_path, WordTokenizer(), TRANSFORM)) == 10
+    paths, faults = pictures_below(tmp_path)
+    names = {str(Path(path).relative_to(tmp_path)) for path in paths}
+    assert names == {"TOP.JPG", *(f"{colour}/{number}.png" for colour in COLOURS for number in range(3))}
+    assert faults == {}
 
 
 @pytest.mark.parametrize("name", ["a.jpe", "a.JFIF", "a.avif", "a.jp2", "汉 é.TIF", "a.b.ppm", "dir.jpg/a.png"])
-def test_a_search_reads_what_pillow_reads(tmp_path, name):
+def test_pictures_that_pillow_reads_are_found_and_encoded(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new("RGB", (8, 12), COLOURS["red"]).save(tmp_path / name)
-    found = search_folder(ColourModel(), "red", tmp_path, WordTokenizer(), TRANSFORM)
-    assert found["image"].tolist() == [name]
+    paths, _ = pictures_below(tmp_path)
+    assert paths == [str(tmp_path / name)]
+    assert len(encode_images(ColourModel(), paths, TRANSFORM)) == 1
 
 
-def test_a_search_names_what_it_cannot_read_and_goes_on(split, tmp_path):
+def test_what_cannot_be_read_is_named_and_left_out(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "searched"
     for place in (outside, folder / "sub"):
         place.mkdir(parents=True)
@@ -209,35 +210,25 @@ def test_a_search_names_what_it_cannot_read_and_goes_on(split, tmp_path):
     links |= {"way": outside, "one.png": outside / "far.png"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
-    tools = ColourModel(), "red", folder, WordTokenizer(), TRANSFORM
-    with pytest.warns(UserWarning, match="left out") as told:
-        found = search_folder(*tools, batch_size=2)
-    assert sorted(found["image"]) == ["one.png", "sub/near.png", "way/far.png"]
-    left_out = [line.split(": ")[0] for line in str(told[0].message).splitlines()[1:]]
+    paths, faults = pictures_below(folder)
+    encoded = encode_images(ColourModel(), paths, TRANSFORM, faults=faults, batch_size=2)
+    read = [str(Path(path).relative_to(folder)) for path in paths if path not in faults]
+    assert read == ["one.png", "sub/near.png", "way/far.png"]
+    assert len(encoded) == 3
+    left_out = sorted(Path(path).name for path in faults)
     assert left_out == ["cut.jpg", "empty.png", "gone.png", "layers.psd", "loop.png", "phone.heic", "pipe.png"]
-    assert "pip install pillow-heif" in str(told[0].message)
-    for name in ("one.png", "way", "sub/near.png"):
-        (folder / name).unlink()
-    with pytest.raises(ImageError, match=r"no pictures that can be read(?s:.*)cut\.jpg: "):
-        search_folder(*tools)
+    assert "pip install pillow-heif" in faults[str(folder / "phone.heic")]
 
 
-def test_a_sentence_that_is_cut_gets_a_warning(split, tmp_path):
-    tools = tmp_path, WordTokenizer(), TRANSFORM
+def test_a_sentence_that_is_cut_gets_a_warning():
     with pytest.warns(UserWarning, match="the sentence needs 6 positions and the model reads 5: its end is not"):
-        found = search_folder(ColourModel(), "person person red person person blue", *tools)
-    assert found["image"].iloc[0].startswith("red/")
+        encode_sentence(ColourModel(), "person person red person person blue", WordTokenizer())
 
 
 def test_bad_input_is_named(split, tmp_path):
     tools = ColourModel(), WordTokenizer(), TRANSFORM
     with pytest.raises(ConfigError, match="sentence to search for is empty"):
-        search_folder(tools[0], " ", tmp_path, *tools[1:])
-    with pytest.raises(ImageError, match="is not a folder"):
-        search_folder(tools[0], "red", tmp_path / "none", *tools[1:])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match="holds no pictures"):
-        search_folder(tools[0], "red", tmp_path / "empty", *tools[1:])
+        encode_sentence(tools[0], " ", tools[1])
     (tmp_path / "red" / "0.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"red/0\.png"):
         evaluate(tools[0], split, tmp_path, *tools[1:])

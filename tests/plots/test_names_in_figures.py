@@ -51,8 +51,8 @@ def test_of_systems_and_captions(tiny, shipped):
 def test_of_files_and_folders(tiny, tmp_path):
     picture = tiny.images / tiny.table["image"][0]
     (tmp_path / f"{NAME}.png").write_bytes(picture.read_bytes())
-    matches = pd.DataFrame({"image": [f"{NAME}.png"], "similarity": [0.5]})
-    assert shows_name(plots_retrieval.folder_grid(matches, tmp_path, NAME))
+    hits = pd.DataFrame({"path": [tmp_path / f"{NAME}.png"], "cosine": [0.5]})
+    assert shows_name(plots_retrieval.hit_grid(hits, NAME))
     run = write_run(tmp_path / NAME)
     MetricsLog(run).add("train", 1, 1, {"cosine_matched": 0.1, "cosine_unmatched": 0.01})
     assert shows_name(plots_retrieval.plot_pair_similarities(run))

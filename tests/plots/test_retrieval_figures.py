@@ -191,8 +191,7 @@ def test_hostile_captions_are_text(evaluation, tmp_path):
     height = figure.get_window_extent().height / len(HOSTILE)
     assert all(text.get_window_extent().height < height for axis in figure.axes for text in axis.texts)
     for sentence in HOSTILE:
-        matches = pd.DataFrame({"image": ["0.png"], "similarity": [0.5]})
-        drawn(plots.folder_grid(matches, tmp_path, sentence))
+        drawn(plots.hit_grid(pd.DataFrame({"path": [tmp_path / "0.png"], "cosine": [0.5]}), sentence))
 
 
 def test_grids_cope_with_little(evaluation, tmp_path):
@@ -201,12 +200,12 @@ def test_grids_cope_with_little(evaluation, tmp_path):
     assert sum(bool(axis.images) for axis in few.axes) == 1 + 20
 
 
-def test_folder_grid(tmp_path):
+def test_hit_grid(tmp_path):
     names = [*(f"{i}.png" for i in range(6)), "$x$_" + "long" * 20 + ".png"]
     for name in names:
         Image.new("RGB", (3000, 10), (200, 10, 10)).save(tmp_path / name)
-    matches = pd.DataFrame({"image": names, "similarity": np.linspace(0.7, 0.1, 7)})
-    figure = drawn(plots.folder_grid(matches, tmp_path, "a $5 bag"))
+    hits = pd.DataFrame({"path": [tmp_path / name for name in names], "cosine": np.linspace(0.7, 0.1, 7)})
+    figure = drawn(plots.hit_grid(hits, "a $5 bag"))
     assert len(figure.axes) == 10
     assert figure.get_suptitle() == "a $5 bag"
     assert titles(figure)[:2] == ["1: 0.700\n0.png", "2: 0.600\n1.png"]
