@@ -34,9 +34,9 @@ from fmfa.evaluation.features import is_features, read_features, read_qrels, rea
 from fmfa.evaluation.score_record import Cost, ScoreRecord, describe_split, queries_of, write_record
 from fmfa.files import said_plainly, whole_file
 from fmfa.models.outputs import Encoded, Retriever
-from fmfa.records import RECORD
+from fmfa.records import RECORD, read_record
 from fmfa.study.levels import readable, result_table
-from fmfa.study.results import METRICS, study_records
+from fmfa.study.results import METRICS, row_of, study_records
 from fmfa.systems import System, load_system, open_test_data
 
 SCORES = (".csv", ".run", ".trec", ".txt")
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--qrels", default="", help="TREC judgements in place of a data set")
     add("--to", default="", help="record to write; default NAME.record (of several: a folder)")
     add("--name", default="", help="of the system; default: of its file")
-    add("--seed", type=int, default=0, help="of its training")
+    add("--seed", type=int, help="of its training; default: the run's, or 0")
     add("--selected", default="", help="on what its weights were selected: validation, test, nothing ...")
     add("--branch", action="append", default=[], metavar="NAME=WEIGHT", help="of a features file; once per branch")
     add("--scores", default="", help="re-ranked scores: TREC run, or table with query, item, score")
@@ -252,15 +252,17 @@ def _score(options: argparse.Namespace) -> None:
         raise ConfigError("--eval-results needs --hub ORGANISATION/NAME, the benchmark that the result is for")
     data, rows, gallery = _opened(options)
     evaluation, cost = _evaluated(options, data, rows, gallery)
-    name = options.name or re.sub(r"\.\w+$", "", Path(options.system).name).replace(":", ".")
-    is_run = (Path(options.system) / RECORD).is_file()
+    stem = re.sub(r"\.\w+$", "", folder.name).replace(":", ".") or "tiny_clip"
+    is_run = (folder / RECORD).is_file()
+    name = options.name or (row_of(stem) if is_run else stem)
+    seed = options.seed if options.seed is not None else read_record(folder).get("seed", 0) if is_run else 0
     selected = options.selected or ("validation" if is_run else "not told")
     split = describe_split(data.name, options.split, rows, gallery)
-    record = ScoreRecord(name, options.seed, selected, split, cost, queries_of(evaluation))
+    record = ScoreRecord(name, seed, selected, split, cost, queries_of(evaluation))
     print(readable(result_table({name: evaluation}, data, options.split)).to_string(index=False))
     version = f" ({split.version})" * bool(split.version)
     print(f"split {split.fingerprint[:12]}{version}, cost: {cost}, selected on: {selected}")
-    path = Path(options.to or f"{name}.record")
+    path = Path(options.to or f"{options.name or stem}.record")
     write_record(record, path)
     print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
     with said_plainly("the results cannot be written"):

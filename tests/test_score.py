@@ -1,3 +1,4 @@
+import json
 import re
 import shlex
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from formats import write_cuhk, write_icfg
 from huggingface_hub import parse_eval_result_entries
@@ -207,3 +209,21 @@ def test_the_page_can_be_followed_by_a_new_user(tmp_path, monkeypatch, capsys, t
     ranking = pd.read_csv("ranking.csv").set_index("system")
     assert ranking["rank"].to_dict() == {"tiny_irra": 1, "colours": 2}
     assert ranking.loc["colours", "R@1"] > 5  # chance: 4.2
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "layout"), [(("base_model.", "base_model."), "IRRA"), (("", "encode_text."), "TBPS-CLIP")]
+)
+def test_weight_files_of_other_codebases_are_scored(tmp_path, monkeypatch, capsys, tiny, prefixes, layout):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_system()
+    state = {name.removeprefix("clip."): value for name, value in shipped.model.state_dict().items()}
+    state = {prefixes[not name.startswith(("visual.", "logit"))] + name: value for name, value in state.items()}
+    torch.save({"model": state, "epoch": 60}, "best.pth")
+    Path("backbone.json").write_text(json.dumps(shipped.model.config["backbone"]))
+    about = "--backbone backbone.json --image-height 96 --image-width 32 --stride 8 --device cpu"
+    assert score("best.pth", *about.split(), root=tiny.images.parent) == 0
+    assert f"best.pth ({layout} layout)" in capsys.readouterr().out
+    first_ranks = shipped.evaluate(tiny, "test", progress=False).metrics[TEXT_TO_IMAGE].first_rank
+    same = sorted(read_record("best.record").queries.first_rank) == sorted(first_ranks)
+    assert same == (layout == "IRRA")  # TBPS-CLIP reads pictures in another way
