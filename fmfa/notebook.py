@@ -12,11 +12,12 @@ import shlex
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar
 
 import nbformat
@@ -25,10 +26,10 @@ import yaml
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 import fmfa.errors
-from fmfa.errors import ConfigError, checked, nearest
+from fmfa.errors import ConfigError, nearest, told
 from fmfa.files import PROJECT, said_plainly, whole_file, write_json
 
 KERNEL = "python3"
@@ -422,7 +423,7 @@ def check_parameters(
     Fields that the cell leaves out keep the dataclass' defaults. Relative paths start in the notebook's folder.
 
     Args:
-        config_type: the dataclass.
+        config_type: the dataclass, or `Parameters`.
         namespace: the notebook's `globals()`.
         beside: parameters of the cell that are not fields of the dataclass.
 
@@ -431,11 +432,59 @@ def check_parameters(
             refuses a value.
     """
     values = {name: _absolute(name, namespace[name]) for name in _last_declared(namespace) if name not in beside}
-    known = [field.name for field in fields(config_type)]  # type: ignore[arg-type]  # any dataclass
+    known = [field.name for field in fields(config_type)] if is_dataclass(config_type) else values
     if unknown := [name for name in values if name not in known]:
         hint = nearest(unknown[0], known)
         raise ConfigError(f"the parameters cell has {unknown[0]!r}, {config_type.__name__} has no such field; {hint}")
     return config_type(**values)
+
+
+def _folder(path: str) -> str:
+    if path and not Path(path).is_dir():
+        raise ValueError(f"{path} is no folder; expected a folder with one folder per run, as `make study` writes")
+    return path
+
+
+_Count = Annotated[int, Field(ge=0)]
+LIMITS: dict[str, Any] = {
+    "scale": Literal["", "tiny", "small", "standard", "large"],
+    "split": Literal["train", "val", "test"],
+    "seed": _Count,
+    "data_seed": Annotated[int, Field(ge=-1)],
+    "queries": Annotated[int, Field(ge=1, le=20)],
+    "k": Annotated[int, Field(ge=1, le=100)],
+    "phrases": _Count,
+    "counterfactuals": _Count,
+    "pair": Annotated[int, Field(ge=0, le=23)],  # the smallest scale tests on 24 people
+    "results": Annotated[str, AfterValidator(_folder)],
+    "away": list[Annotated[str, AfterValidator(_folder)]],
+}
+"""What the parameters of this name may be in every notebook, where their type does not say it."""
+MODEL = ("vocabulary", "backbone", "image_height", "image_width", "stride", "position_grid")
+
+
+class Parameters(SimpleNamespace):
+    """The parameters of a notebook, checked by `LIMITS`."""
+
+    def __init__(self, **values: Any) -> None:
+        """Raises ConfigError for a value out of its limits."""
+        kinds: dict[str, Any] = {name: (LIMITS[name], ...) for name in values.keys() & LIMITS.keys()}
+        limited = create_model("Limited", __config__=ConfigDict(strict=True, extra="allow"), **kinds)
+        try:
+            super().__init__(**limited(**values).model_dump())
+        except ValidationError as error:
+            raise ConfigError(told(error)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises ConfigError: the cell does not declare such a parameter."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ConfigError(f"the parameters cell has no {name!r}; {nearest(name, vars(self))}".rstrip("; "))
+
+    @property
+    def model(self) -> dict[str, str | int]:
+        """What is said of the model of a weight file that does not record it, for `fmfa.systems.load_system`."""
+        return {name: getattr(self, name) for name in MODEL}
 
 
 def _absolute(name: str, value: Any) -> Any:
@@ -489,104 +538,6 @@ def _last_declared(namespace: Mapping[str, Any]) -> Iterable[str]:
     if annotations := namespace.get("__annotations__"):
         return annotations
     raise ConfigError("no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)")
-
-
-Scale = Literal["tiny", "small", "standard", "large"]
-
-
-@checked
-class ModelParameters:
-    """What a notebook can say of the model of a weight file that does not record it; "" and 0 are not said."""
-
-    vocabulary: str
-    backbone: str
-    image_height: int
-    image_width: int
-    stride: int
-    position_grid: str
-
-    @property
-    def model(self) -> dict[str, str | int]:
-        """The parameters of `fmfa.systems.load_system` that describe a model."""
-        return {parameter.name: getattr(self, parameter.name) for parameter in fields(ModelParameters)}
-
-
-@checked
-class SystemParameters(ModelParameters):
-    """What the notebooks that load systems share: the data, empty or -1 for those of the (first) run."""
-
-    dataset: str
-    root: str
-    scale: Literal["", Scale]
-    data_seed: Annotated[int, Field(ge=-1)]
-    split: Literal["train", "val", "test"]
-    queries: Annotated[int, Field(ge=1, le=20)]
-    device: str
-    seed: int
-
-
-@checked
-class EvaluateParameters(SystemParameters):
-    """Parameters of `notebooks/04_evaluate.ipynb`, checked."""
-
-    run: str
-    phrases: Annotated[int, Field(ge=0)]
-    counterfactuals: Annotated[int, Field(ge=0)]
-
-
-@checked
-class VisualiseParameters(SystemParameters):
-    """Parameters of `notebooks/06_visualise.ipynb`, checked."""
-
-    runs: list
-    phrases: Annotated[int, Field(ge=1, le=12)]
-    positions: list
-    results: str
-
-    def __post_init__(self) -> None:
-        """Check that there is the results folder; raises ConfigError."""
-        if self.results:
-            require_results(self.results)
-
-
-@checked
-class SearchParameters:
-    """Parameters of `notebooks/07_search.ipynb`, checked."""
-
-    gallery: str
-    query: str
-    where: str
-    k: Annotated[int, Field(ge=1, le=100)]
-    export: str
-    weights: str
-    device: str
-
-
-def require_results(folder: str) -> None:
-    """Raise ConfigError unless `folder` is a folder."""
-    if not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is no folder; expected a folder with one folder per run, as `make study` writes")
-
-
-@checked
-class DataParameters:
-    """Parameters of `notebooks/01_data.ipynb`, checked."""
-
-    dataset: str
-    root: str
-    scale: Scale
-    seed: Annotated[int, Field(ge=0)]
-    drop_empty_captions: bool
-    decode: bool
-
-
-@checked
-class MethodsParameters:
-    """Parameters of `notebooks/02_methods.ipynb`, checked."""
-
-    scale: Scale
-    seed: Annotated[int, Field(ge=0)]
-    pair: Annotated[int, Field(ge=0, le=23)]  # the smallest scale tests on 24 people
 
 
 if __name__ == "__main__":

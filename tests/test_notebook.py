@@ -16,6 +16,7 @@ from fmfa.notebook import (
     FILES,
     FOLDERS,
     Parameter,
+    Parameters,
     check_parameters,
     convert_value,
     main,
@@ -199,6 +200,21 @@ def test_a_dataclass_checks_the_cell_again():
         check_parameters(Settings, namespace("rate: float = 0.1  # b\n"))
     with pytest.raises(ConfigError, match="run it first"):
         check_parameters(Settings, {"In": ["", "x = 1"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("split", "tst"), ("phrases", -1), ("queries", 21), ("seed", -1), ("scale", "tinny"), ("pair", 24),
+     ("results", "nowhere"), ("away", ["nowhere"])],
+)  # fmt: skip
+def test_parameters_out_of_their_limits_are_refused(name, value):
+    good = 'split: str = "test"  # a\nrun: str = "x"  # b\nphrases: int = 0  # c\nvocabulary: str = ""  # d\n'
+    chosen = check_parameters(Parameters, namespace(good))
+    assert (chosen.split, chosen.run, chosen.phrases) == ("test", os.path.abspath("x"), 0)
+    with pytest.raises(ConfigError, match="the parameters cell has no 'phrase'; did you mean phrases"):
+        _ = chosen.phrase
+    with pytest.raises(ConfigError, match=rf"{name}.*: .*found"):
+        Parameters(**{name: value})
 
 
 def test_every_field_of_the_training_configuration_can_stand_in_a_cell():

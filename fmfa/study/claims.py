@@ -203,8 +203,11 @@ def rows_paired_table(results: Results, baseline_row: str, split: str = "test", 
         that shares no seed with the baseline has no difference.
 
     Raises:
-        ConfigError: two runs were evaluated on different queries.
+        ConfigError: no run of the baseline row, or two runs were evaluated on different queries.
     """
+    known = sorted(set(results.runs["row"]))
+    if baseline_row not in known:
+        raise ConfigError(f"baseline is {baseline_row!r}; the results have runs of the rows {', '.join(known)}")
     rows = results.rows(split)
     names = [name for name in rows.names if name != baseline_row]
     found = [rows.compare(name, baseline_row, seed=seed) for name in names]

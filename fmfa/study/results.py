@@ -23,12 +23,11 @@ import pandas as pd
 
 from fmfa.data.annotations import SIMPEDES, Dataset
 from fmfa.data.datasets import open_dataset, which_dataset
-from fmfa.errors import ConfigError, TrainingError, checked
+from fmfa.errors import ConfigError, TrainingError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of, shuffle_captions
 from fmfa.evaluation.score_record import Cost, Identities, ScoreRecord, describe_split, queries_of, write_record
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, content_checksum, read_json, said_plainly, whole_file, write_json
-from fmfa.notebook import require_results
 from fmfa.records import RECORD, read_metrics, read_record
 from fmfa.study.definition import study_rows
 
@@ -561,26 +560,6 @@ class Rows:
         """Compare two rows, `first` minus `second`, over the seeds that both have; None as in `pair`."""
         found = self.pair(first, second)
         return compare_rows(*found, self.identity, np.random.default_rng(seed)) if found else None
-
-
-@checked
-class CompareParameters:
-    """Parameters of `notebooks/05_ablation.ipynb`, checked."""
-
-    results: str
-    baseline: str
-    tuning: str
-    away: list
-    split: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check that there are the results folders, and runs of the baseline row in the first; raises ConfigError."""
-        for folder in (self.results, *self.away):
-            require_results(folder)
-        rows = sorted(set(read_runs(self.results)["row"]))
-        if self.baseline not in rows:
-            raise ConfigError(f"baseline is {self.baseline!r}; {self.results} has runs of the rows {', '.join(rows)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from fmfa.analysis.grounding import draw_phrases, measure_grounding, percent_tab
 from fmfa.analysis.maps import PatchGrid
 from fmfa.errors import AnnotationError, ConfigError
 from fmfa.evaluation.evaluate import Evaluation, gallery_of
-from fmfa.notebook import VisualiseParameters
 from fmfa.plots import alignment as plots_alignment
 from fmfa.plots import systems as plots_systems
 from fmfa.simpedes.truth import Truth, told_truly
@@ -165,14 +164,3 @@ def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
     family = np.repeat([0, 1, 2], 24)
     distance = np.linalg.norm(shown[:, None] - shown[None], axis=-1) + 1e9 * np.eye(72)
     assert (family[distance.argmin(axis=1)] == family).mean() > 0.6
-
-
-@pytest.mark.parametrize(("name", "value"), [("split", "tst"), ("phrases", 0), ("queries", 21), ("results", "nowhere")])
-def test_parameters_out_of_range_are_refused(name, value):
-    good = {"runs": [], "dataset": "SimPEDES-street", "root": "", "scale": "tiny", "data_seed": 0, "split": "test",
-            "phrases": 3, "positions": [], "queries": 1, "results": "", "device": "cpu", "seed": 0,
-            "vocabulary": "", "backbone": "", "image_height": 0, "image_width": 0, "stride": 0,
-            "position_grid": ""}  # fmt: skip
-    VisualiseParameters(**good)
-    with pytest.raises(ConfigError, match=str(value)):
-        VisualiseParameters(**good | {name: value})

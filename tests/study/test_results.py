@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from fmfa.errors import ConfigError
+from fmfa.notebook import Parameters
 from fmfa.plots.comparison import plot_against_retrieval, plot_claims, plot_comparison, plot_power
 from fmfa.study import claims
 from fmfa.study import levels as tables
@@ -36,7 +37,6 @@ from fmfa.study.levels import (
 from fmfa.study.power import COMPONENTS, components_table, gains_table, power_table
 from fmfa.study.results import (
     METRICS,
-    CompareParameters,
     export_results,
     main,
     read_evaluation,
@@ -549,12 +549,14 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
 
 def test_parameters_name_what_is_there(results):
     good = {"results": str(results), "baseline": "ivt", "tuning": "", "away": [], "split": "test", "seed": 0}
-    CompareParameters(**good)  # its only run failed, but is there
+    Parameters(**good)
+    live = read_results(results)
+    assert rows_paired_table(live, "ivt")["R@1 difference"].isna().all()  # its only run failed, but is there
     with pytest.raises(ConfigError, match="of the rows asdm, broken, clip"):
-        CompareParameters(**good | {"baseline": "irrra"})
+        rows_paired_table(live, "irrra")
     for wrong in ({"results": str(results / "nowhere")}, {"away": [str(results), str(results / "nowhere")]}):
         with pytest.raises(ConfigError, match="nowhere is no folder"):
-            CompareParameters(**good | wrong)
+            Parameters(**good | wrong)
 
 
 # --- what did not finish, or is damaged
