@@ -130,7 +130,7 @@ def pretrain(out: str | Path, settings: Settings) -> dict:
         "budget": budget,
         "versions": package_versions(),
         "curve": curve,
-        "model": parts.config,
+        "model": model.config,
     }
     try:
         save_checkpoint(out, parts.weights, record)

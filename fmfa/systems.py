@@ -33,7 +33,7 @@ from fmfa.models.weights import (
     recorded_model,
     start_from_vit_and_bert,
 )
-from fmfa.text.bytepair import CLIP_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
+from fmfa.text.bytepair import Tokenizer, backbone_tokenizer
 from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 from fmfa.training.checkpoints import STATE, WEIGHTS, checked, selected_checkpoint
 from fmfa.training.config import TrainConfig
@@ -287,7 +287,7 @@ def _system(model: ClipRetriever | IvtRetriever, vocabulary: str | Path, report:
     size = height, width
     if isinstance(model, IvtRetriever):
         return System(model, ivt_tokenizer(model, vocabulary), ivt_evaluation(size), report)
-    return System(model, clip_tokenizer_of(model), fmfa_evaluation(size), report)
+    return System(model, backbone_tokenizer(model.config["backbone"]["text_cfg"]), fmfa_evaluation(size), report)
 
 
 def _is_own(source: str | Path) -> bool:
@@ -371,25 +371,6 @@ def _ivt(config: TrainConfig, shipped: bool) -> IvtRetriever:
         raise ConfigError(f"no IVT of backbone {backbone or 'as released'!r}: {error}") from error
 
 
-def clip_tokenizer_of(model: ClipRetriever) -> Tokenizer:
-    """The tokenizer of a backbone, known by the size of its vocabulary.
-
-    Raises:
-        ConfigError: no tokenizer of that size is known.
-    """
-    text = model.config["backbone"]["text_cfg"]
-    context = text.get("context_length", 77)
-    if text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY:
-        return clip_tokenizer(context)
-    tokenizer = small_tokenizer(context_length=context)
-    if tokenizer.vocab_size != text["vocab_size"]:
-        raise ConfigError(
-            f"the backbone has a vocabulary of {text['vocab_size']} tokens; known are CLIP's with {CLIP_VOCABULARY} "
-            f"and data/vocabulary.json with {tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
 def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPieceTokenizer:
     """The WordPiece tokenizer of a model.
 
@@ -405,10 +386,4 @@ def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPiece
         tokenizer = wordpiece_tokenizer(TINY_VOCABULARY, sizes.positions)
         if tokenizer.vocab_size == sizes.vocab_size:
             return tokenizer
-    tokenizer = wordpiece_tokenizer(vocabulary or BERT, sizes.positions)
-    if tokenizer.vocab_size != sizes.vocab_size:
-        raise ConfigError(
-            f"the vocabulary {str(vocabulary or BERT)!r} has {tokenizer.vocab_size} pieces, the model "
-            f"{sizes.vocab_size}; give the vocab.txt that belongs to the backbone"
-        )
-    return tokenizer
+    return wordpiece_tokenizer(vocabulary or BERT, sizes.positions, sizes.vocab_size)

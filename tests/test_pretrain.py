@@ -140,8 +140,8 @@ def test_the_weights_are_the_retrievers_and_were_trained(folder, method):
 
 def test_what_does_not_fit_is_refused(folder):
     for method, changes, message in (
-        ("ivt", {"vocabulary": str(WORDPIECE)}, "pieces, the configuration vocab_size"),
-        ("clip", {"vocabulary": str(SMALL_VOCABULARY)}, "pieces, the configuration vocab_size"),
+        ("ivt", {"vocabulary": str(WORDPIECE)}, "pieces, the model"),
+        ("clip", {"vocabulary": str(SMALL_VOCABULARY)}, "the backbone has a vocabulary of"),
         ("clip", {"images": "/pictures"}, "go together"),
         ("ivt", {"list": str(folder / "pairs.json")}, "go together"),
         ("clip", {"pairs": 2}, "fewer pairs than one batch"),

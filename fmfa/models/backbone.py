@@ -1,6 +1,5 @@
 """CLIP backbones: open_clip's own towers, for non-square input and strides below the patch size."""
 
-import json
 import math
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmfa.errors import ConfigError
+from fmfa.files import read_json
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -32,10 +32,7 @@ def backbone_config(source: str | Path | Mapping) -> dict:
     if isinstance(source, Mapping):
         config = deepcopy(dict(source))
     elif str(source).endswith(".json"):
-        try:
-            config = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source}: expected a JSON file with an open_clip configuration: {error}") from error
+        config = read_json(str(source))
     else:
         try:
             config = get_model_config(str(source))

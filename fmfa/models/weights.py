@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import timm
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import (
     download_pretrained,
@@ -295,9 +296,14 @@ def start_from_vit_and_bert(
     Raises:
         CheckpointError: a name cannot be fetched, or as in `load_weights`.
     """
-    state = _from_vit(_state_of(vit, _download_vit, "timm", "a ViT state dict with timm's names")) | _from_bert(
-        _state_of(bert, _download_bert, "the Hugging Face hub", "a BERT state dict (model.safetensors)")
-    )
+
+    def bert_of(name: str) -> nn.Module:
+        from transformers import BertModel  # takes seconds
+
+        return BertModel.from_pretrained(name)
+
+    vit_state = _state_of(vit, lambda name: timm.create_model(name, pretrained=True), "timm")
+    state = _from_vit(vit_state) | _from_bert(_state_of(bert, bert_of, "the Hugging Face hub"))
     squares = dict.fromkeys(((side, side) for side in range(1, 65)), "square, as a ViT's")
     source = " and ".join("state dict" if isinstance(part, Mapping) else str(part) for part in (vit, bert))
     return _fit(model, state, source, VIT_AND_BERT, [squares], position_grid, TYPES)
@@ -329,7 +335,7 @@ def _from_bert(state: State) -> dict[str, Tensor]:
     return {renamed(name): value for name, value in state.items()}
 
 
-def _state_of(source: str | Path | State, download: Callable[[str], nn.Module], where: str, file: str) -> State:
+def _state_of(source: str | Path | State, download: Callable[[str], nn.Module], where: str) -> State:
     if isinstance(source, Mapping):
         return source
     if Path(source).is_file():
@@ -339,20 +345,8 @@ def _state_of(source: str | Path | State, download: Callable[[str], nn.Module], 
     except Exception as error:
         raise CheckpointError(
             f"{str(source)!r}: no such file here, and no model of this name could be fetched from {where}; without a "
-            f"network, give the path of {file}"
+            "network, give the path of a state dict"
         ) from error
-
-
-def _download_vit(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=True)
-
-
-def _download_bert(name: str) -> nn.Module:
-    from transformers import BertModel
-
-    return BertModel.from_pretrained(name)
 
 
 def save_checkpoint(path: str | Path, weights: nn.Module | Mapping[str, Tensor], record: Mapping) -> None:

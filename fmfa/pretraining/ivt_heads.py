@@ -91,18 +91,10 @@ class IvtPretrainer(IvtRetriever):
         The generator that drops tokens in fine-tuning draws the hard negatives here.
         """
         super().__init__(sizes, seed=seed)
-        self.config |= {"fusion_depth": fusion_depth}
         self.temp = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         self.encoder_fusion = FusionEncoder(sizes, fusion_depth)
         self.itm = nn.Linear(sizes.width, 2)
         _initialise(nn.ModuleList([self.encoder_fusion, self.itm]), torch.Generator().manual_seed(seed + 1))
-
-    @classmethod
-    def from_config(cls, config: Mapping) -> "IvtPretrainer":
-        """Build the model that `config` (the attribute of that name, as JSON keeps it) describes."""
-        config = dict(config)
-        depth = config.pop("fusion_depth")
-        return cls(IvtConfig(**{**config, "image_size": tuple(config["image_size"])}), fusion_depth=depth)
 
     def forward(self, batch: Mapping[str, Tensor]) -> ModelOutput:  # type: ignore[override]  # nothing is dropped
         """The pre-training losses of a batch of pairs.

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmfa.data.datasets import DATA
 from fmfa.data.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -16,17 +16,18 @@ from fmfa.data.images import (
     ivt_evaluation,
     ivt_training,
 )
-from fmfa.errors import ConfigError
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig
 from fmfa.models.objectives import Objectives
 from fmfa.models.outputs import Retriever
 from fmfa.pretraining.ivt_heads import IvtPretrainer
 from fmfa.pretraining.span_masking import CONTEXT, SpanMasking, prepare_caption
-from fmfa.text.bytepair import CLIP_VOCABULARY, SMALL_VOCABULARY, Tokenizer, clip_tokenizer, small_tokenizer
+from fmfa.text.bytepair import (
+    Tokenizer,
+    backbone_tokenizer,
+)
 from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 
-DATA = Path(__file__).parents[2] / "data"
 CONFIGS = {"clip": DATA / "tiny_clip_config.json", "ivt": DATA / "tiny_ivt_config.json"}
 WORDPIECE = DATA / "wordpiece.txt"
 FULL_WIDTH = 768  # that IVT's initial standard deviation of 0.02 was made for
@@ -46,7 +47,6 @@ class Method:
         plain: uint8 [3, H, W] to the network's float32, nothing random.
         augmented: of the pictures of a list.
         kept: beginning of the names of the parameters that retrieval needs.
-        config: of those parameters' model.
         name: in words.
     """
 
@@ -55,7 +55,6 @@ class Method:
     plain: nn.Module
     augmented: ImageTransform
     kept: str
-    config: Mapping
     name: str
 
     @property
@@ -67,9 +66,9 @@ class Method:
 def ivt(settings: Mapping) -> Method:
     """An IVT with ITC, ITM and MLM, whose shared encoder alone is kept."""
     sizes, seed = settings["config"], settings["seed"]
-    tokenizer = wordpiece_tokenizer(settings["vocabulary"] or WORDPIECE, min(CONTEXT, sizes["positions"]))
-    _check_vocabulary(tokenizer, sizes["vocab_size"])
     sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
+    vocabulary = settings["vocabulary"] or WORDPIECE
+    tokenizer = wordpiece_tokenizer(vocabulary, min(CONTEXT, sizes.positions), sizes.vocab_size)
     model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)
     words = model.encoder_fusion.cls.predictions.decoder  # a table, not a matrix
     with torch.no_grad():
@@ -80,28 +79,17 @@ def ivt(settings: Mapping) -> Method:
         generator = torch.Generator().manual_seed(seed + 2)
         nn.init.normal_(model.encoder_vl.pos_embed, std=settings["position_std"], generator=generator)
     captions, plain = MaskedCaptions(tokenizer), ivt_evaluation(sizes.image_size).finish
-    config = {name: value for name, value in model.config.items() if name != "fusion_depth"}
-    return Method(model, captions, plain, ivt_training(sizes.image_size), "encoder_vl.", config, "IVT's encoder")
+    return Method(model, captions, plain, ivt_training(sizes.image_size), "encoder_vl.", "IVT's encoder")
 
 
 def clip(settings: Mapping) -> Method:
     """A CLIP with ITC (InfoNCE at a fixed temperature)."""
     config = settings["config"]
-    text = config["text_cfg"]
-    context = text.get("context_length", 77)
-    if text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY:
-        if settings["vocabulary"]:
-            raise ConfigError(
-                f"vocabulary is given, but the configuration has the {CLIP_VOCABULARY} tokens of CLIP's own"
-            )
-        tokenizer = clip_tokenizer(context)
-    else:
-        tokenizer = small_tokenizer(settings["vocabulary"] or SMALL_VOCABULARY, context)
-        _check_vocabulary(tokenizer, text["vocab_size"])
+    tokenizer = backbone_tokenizer(config["text_cfg"], settings["vocabulary"])
     objectives = Objectives(itc=1.0, tau=settings["tau"])
     model = ClipRetriever(config, objectives, position_std=settings["position_std"], seed=settings["seed"])
     augmented = fmfa_training(tuple(model.config["image_size"]))
-    return Method(model, PlainCaptions(tokenizer), ClipPixels(), augmented, "", model.config, "CLIP")
+    return Method(model, PlainCaptions(tokenizer), ClipPixels(), augmented, "", "CLIP")
 
 
 METHODS: dict[str, Callable[[Mapping], Method]] = {"clip": clip, "ivt": ivt}
@@ -117,14 +105,6 @@ class ClipPixels(nn.Module):
         """Normalise a picture [3, H, W]."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (picture.float() / 255 - mean) / std
-
-
-def _check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
-    if tokenizer.vocab_size != size:
-        raise ConfigError(
-            f"the vocabulary has {tokenizer.vocab_size} pieces, the configuration vocab_size {size}; "
-            "give the vocabulary that belongs to the configuration"
-        )
 
 
 class PlainCaptions:

@@ -137,27 +137,29 @@ def pairs_to_see(
 
 
 class ImageCaptionList(Dataset):
-    """The pairs of JSON lists of records with `image` and `caption`, one file after the other.
+    """The pairs of a JSON list of records with `image` and `caption`; a caption without a word is left out."""
 
-    Attributes:
-        skipped: records whose caption has no word, which are left out.
-    """
-
-    def __init__(self, files: str | Path | Sequence[str | Path], images: str | Path, transform: ImageTransform):
-        """Read the lists; pictures are read on access.
+    def __init__(self, file: str | Path, images: str | Path, transform: ImageTransform):
+        """Read the list; pictures are read on access.
 
         Args:
-            files: one list or several (CC3M, Visual Genome, SBU as IVT's authors prepared them).
+            file: the list (of CC3M, Visual Genome or SBU as IVT's authors prepared them).
             images: folder that `image` is relative to.
             transform: whose `read` resizes the pictures.
 
         Raises:
-            AnnotationError: a file is not such a list. The message names the file and the record.
+            AnnotationError: the file is not such a list. The message names the file and the record.
         """
-        self.images, self.transform, self.skipped = Path(images), transform, 0
+        self.images, self.transform = Path(images), transform
         self._pairs: list[tuple[str, str]] = []
-        for file in [files] if isinstance(files, str | Path) else files:
-            self._read(Path(file))
+        for number, record in enumerate(read_records(Path(file))[0]):
+            image, caption = record.get("image"), record.get("caption")
+            if not isinstance(image, str) or not isinstance(caption, str):
+                raise AnnotationError(
+                    f"{file}: record {number}: found {', '.join(record)}; expected the texts 'image' and 'caption'"
+                )
+            if prepare_caption(caption):
+                self._pairs.append((image, caption))
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -171,19 +173,6 @@ class ImageCaptionList(Dataset):
         """
         name, caption = self._pairs[index]
         return self.transform.read(resolve_image(self.images, name)), caption
-
-    def _read(self, file: Path) -> None:
-        records, _ = read_records(file)
-        for number, record in enumerate(records):
-            image, caption = record.get("image"), record.get("caption")
-            if not isinstance(image, str) or not isinstance(caption, str):
-                raise AnnotationError(
-                    f"{file}: record {number}: found {', '.join(record)}; expected the texts 'image' and 'caption'"
-                )
-            if prepare_caption(caption):
-                self._pairs.append((image, caption))
-            else:
-                self.skipped += 1
 
 
 def collate_pairs(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tokenizers import models, trainers
 
-from fmfa.errors import ConfigError
 from fmfa.pretraining.stream import web_pair
 from fmfa.simpedes.generate import DOMAINS, pictures, recipe
 from fmfa.text.bytepair import (
@@ -40,16 +39,8 @@ def train_small_vocabulary(captions: Iterable[str], size: int, path: str | Path)
     Ids: 0 padding, 1..256 the bytes, then the merges in the order in which they were learnt, then mask,
     start and end. Fewer than `size` ids result where no pair of pieces occurs twice any more. Pieces
     carry no end-of-word mark, which would cost 256 more ids. The file depends on the arguments only.
-
-    Raises:
-        ConfigError: `size` has no room for the bytes and the four special tokens.
     """
     alphabet = list(_byte_characters().values())
-    if size < len(alphabet) + 4:
-        raise ConfigError(
-            f"a vocabulary of {size} ids cannot hold {len(alphabet)} bytes and 4 special tokens; "
-            f"ask for at least {len(alphabet) + 4}"
-        )
     learner = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size - 4,

@@ -4,7 +4,7 @@ import html
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
@@ -168,6 +168,28 @@ def small_tokenizer(path: str | Path = SMALL_VOCABULARY, context_length: int = S
             "write it with fmfa.pretraining.vocabulary.train_small_vocabulary"
         )
     return BytePairTokenizer(backend, context_length)
+
+
+def backbone_tokenizer(text: Mapping, vocabulary: str | Path = "") -> BytePairTokenizer:
+    """The tokenizer of a CLIP backbone, known by the size of its vocabulary.
+
+    Args:
+        text: the `text_cfg` of its open_clip configuration.
+        vocabulary: of the small tokenizer; empty for the shipped one.
+
+    Raises:
+        ConfigError: no tokenizer of that size is known, or a vocabulary is given to a backbone with CLIP's own.
+    """
+    context, size = text.get("context_length", CLIP_CONTEXT), text.get("vocab_size", CLIP_VOCABULARY)
+    if size == CLIP_VOCABULARY and not vocabulary:
+        return clip_tokenizer(context)
+    tokenizer = small_tokenizer(vocabulary or SMALL_VOCABULARY, context)
+    if tokenizer.vocab_size != size:
+        raise ConfigError(
+            f"the backbone has a vocabulary of {size} tokens; known are CLIP's with {CLIP_VOCABULARY} and "
+            f"{vocabulary or SMALL_VOCABULARY} with {tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 def phrase_tokens(tokenizer: Tokenizer, caption: str, span: Span) -> list[int]:

@@ -79,16 +79,19 @@ class WordPieceTokenizer:
         return [self.start_id, *encoding.ids[: self.context_length - 1]]
 
 
-def wordpiece_tokenizer(vocab: str | Path, context_length: int = POSITIONS) -> WordPieceTokenizer:
+def wordpiece_tokenizer(
+    vocab: str | Path, context_length: int = POSITIONS, size: int | None = None
+) -> WordPieceTokenizer:
     """The WordPiece tokenizer of a vocabulary file, or of a model on the Hugging Face hub.
 
     Args:
         vocab: path of a `vocab.txt` (UTF-8, one piece per line, the line number is its id), or the name
             of a hub model that has one, such as "google-bert/bert-base-uncased".
         context_length: most positions of a row.
+        size: pieces that the model has; None takes any number.
 
     Raises:
-        ConfigError: the file is not a BERT vocabulary, or the name cannot be fetched.
+        ConfigError: the file is not a BERT vocabulary, or of another size, or the name cannot be fetched.
     """
     path = Path(vocab)
     if not path.is_file():
@@ -97,6 +100,11 @@ def wordpiece_tokenizer(vocab: str | Path, context_length: int = POSITIONS) -> W
         vocabulary = models.WordPiece.read_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ConfigError(f"{path}: {error}; expected a vocab.txt, UTF-8 with one piece per line") from error
+    if size is not None and len(vocabulary) != size:
+        raise ConfigError(
+            f"the vocabulary {str(vocab)!r} has {len(vocabulary)} pieces, the model {size}; give the vocab.txt that "
+            "belongs to the backbone"
+        )
     return WordPieceTokenizer(vocabulary, context_length)
 
 

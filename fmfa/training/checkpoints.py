@@ -222,11 +222,6 @@ def read_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.a
         ) from error
 
 
-def kept_metrics(path: Path) -> bytes:
-    """The content of the metrics file at a checkpoint; raises CheckpointError as `checked`."""
-    return checked(path, METRICS).read_bytes()
-
-
 def _complete(folder: str | Path, kind: str = "") -> list[Path]:
     home = Path(folder) / "checkpoints"
     found = (path for path in sorted(home.glob(f"{kind}*")) if _NAME.fullmatch(path.name))

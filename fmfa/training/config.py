@@ -1,5 +1,6 @@
 """The parameters of a training run: one flat, checked record of plain values, and the published presets."""
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -161,7 +162,10 @@ class TrainConfig:
                 raise ConfigError(f'objectives has {part!r}; expected "name=value", such as "asdm_alpha=5"')
             if name in overrides:
                 raise ConfigError(f"objectives names {name!r} twice; leave one of them out")
-            overrides[name] = _plain(text)
+            try:
+                overrides[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):  # a word
+                overrides[name] = text
         return overrides
 
 
@@ -243,14 +247,3 @@ def _fmfa_recipe(released: bool, *, flat: bool, icfg: bool) -> dict[str, str | i
         "batch_size": 64,
         "instances": 0,
     }
-
-
-def _plain(text: str) -> str | int | float | bool:
-    if text in ("True", "False"):
-        return text == "True"
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text

@@ -18,7 +18,7 @@ from fmfa.files import said_plainly
 from fmfa.models.distributed import largest, total, world_size
 from fmfa.models.outputs import ModelOutput, Retriever
 from fmfa.progress import progress_bar
-from fmfa.records import MetricsLog
+from fmfa.records import METRICS, MetricsLog
 from fmfa.training.checkpoints import (
     EPOCH,
     WEIGHTS,
@@ -26,7 +26,6 @@ from fmfa.training.checkpoints import (
     best_checkpoint,
     checked,
     find_checkpoint,
-    kept_metrics,
     prune_checkpoints,
     read_optimizer,
     read_state,
@@ -81,7 +80,7 @@ class TrainingLoop:
         if best is not None:
             checked(best, WEIGHTS)
         if last is not None:
-            metrics = kept_metrics(last)
+            metrics = checked(last, METRICS).read_bytes()
             read_weights(last, model)
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
         if last is not None:

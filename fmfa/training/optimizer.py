@@ -101,12 +101,7 @@ def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: int = 5, warmup_fac
     `epoch` counts from 0. Epoch e < `warmup_epochs` has `warmup_factor` + (1 - `warmup_factor`) *
     e / `warmup_epochs`; epoch `warmup_epochs` has 1; after `epochs` epochs the factor would be 0. This is the recipe
     of IRRA and FMFA (60 epochs, 5 of warm-up, from 0.1, down to 0).
-
-    Raises:
-        ValueError: `epoch` is negative.
     """
-    if epoch < 0:
-        raise ValueError(f"the schedule got epoch {epoch}, expected 0 or more")
     if epoch < warmup_epochs:
         return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
     progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1), 1.0)
@@ -125,12 +120,7 @@ def ivt_cosine(
     `epoch` counts from 0. The warm-up leads linearly from `IVT_START` to `base`; the cosine's clock runs
     from epoch 0, not from the end of the warm-up, and ends at `IVT_END` after `epochs` epochs, where it
     stays. Start and end are absolute rates, so a bias group of twice the base rate is not twice the curve.
-
-    Raises:
-        ValueError: `epoch` is negative.
     """
-    if epoch < 0:
-        raise ValueError(f"the schedule got epoch {epoch}, expected 0 or more")
     if epoch < warmup_epochs:
         return IVT_START + epoch * (base - IVT_START) / warmup_epochs
     if epoch >= epochs:

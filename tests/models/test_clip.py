@@ -231,7 +231,7 @@ def test_a_configuration_file_is_a_backbone(tmp_path):
         ("roberta-ViT-B-32", "not a plain CLIP"),
         ("coca_ViT-B-32", "not a plain CLIP"),
         ({"embed_dim": 8, "text_cfg": {}}, "lacks vision_cfg"),
-        ("nothing/here.json", "expected a JSON file"),
+        ("nothing/here.json", "cannot be read as JSON"),
         (config(vision={"patches": 3}), "open_clip cannot build"),
     ],
 )

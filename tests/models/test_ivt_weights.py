@@ -184,9 +184,9 @@ def test_a_shallow_ivt_takes_the_first_layers_and_says_what_it_left():
 def test_names_without_network_say_which_file_to_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = IvtRetriever(replace(NARROW, depth=1))
-    with pytest.raises(CheckpointError, match=r"'vit_nowhere'.*from timm.*give the path of a ViT"):
+    with pytest.raises(CheckpointError, match=r"'vit_nowhere'.*from timm.*give the path of a state dict"):
         start_from_vit_and_bert(model, "vit_nowhere", bert_state())
-    with pytest.raises(CheckpointError, match=r"'someone/no-bert'.*hub.*give the path of a BERT"):
+    with pytest.raises(CheckpointError, match=r"'someone/no-bert'.*hub.*give the path of a state dict"):
         start_from_vit_and_bert(model, vit_state(), "someone/no-bert")
 
 

@@ -51,8 +51,8 @@ def test_it_fails_when_the_sparse_step_is_wrong(monkeypatch):
 
 
 def test_it_fails_when_the_pooling_is_wrong(monkeypatch):
-    original = efa._pool_block
-    monkeypatch.setattr(efa, "_pool_block", lambda *block: original(*block[:-1], 2.0))
+    original = efa.pooled_similarity
+    monkeypatch.setattr(efa, "pooled_similarity", lambda *given, **named: original(*given, **named | {"sharpness": 2}))
     broken = above()
     assert {"loss/efa_loss", "efa/text_term", "efa/patch_term", "loss/total"} <= broken
     assert "efa/grouped" not in broken

@@ -39,9 +39,3 @@ def test_warmup_cosine_rises_then_falls_within_its_bounds(epochs, warmup, start)
     if warmup < epochs:
         assert factors[warmup] == pytest.approx(1)
         assert factors[epochs] == pytest.approx(0)
-
-
-def test_a_negative_epoch_is_refused():
-    for schedule in (lambda: warmup_cosine(-1, epochs=5), lambda: ivt_cosine(-1, base=1.0)):
-        with pytest.raises(ValueError, match="epoch -1"):
-            schedule()
