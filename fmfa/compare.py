@@ -38,9 +38,15 @@ def group_records(records: Mapping[str, ScoreRecord]) -> dict[str, list[ScoreRec
     """
     systems: dict[str, list[ScoreRecord]] = {}
     first_path, first = next(iter(records.items()))
+    people = first.queries.by_identity()[["identity", "queries"]]
     for path, record in records.items():
         if record.split.fingerprint != first.split.fingerprint:
             raise ConfigError(f"{path} and {first_path} are of different splits: {_difference(record, first)}")
+        own = record.queries.by_identity()[["identity", "queries"]]
+        if own["queries"].sum() != record.split.captions or not np.array_equal(own, people):
+            raise ConfigError(
+                f"{path}: its {own['queries'].sum():,} queries are not those of its split; score it again"
+            )
         if record.seed in [other.seed for other in systems.get(record.system, ())]:
             raise ConfigError(f"{path}: {record.system} with seed {record.seed} is there twice; give it another --name")
         systems.setdefault(record.system, []).append(record)

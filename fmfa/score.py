@@ -239,6 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> None:
+    if options.trec_depth < 0:
+        raise ConfigError(f"--trec-depth is {options.trec_depth}; expected pictures per query, or 0 for all")
     folder = Path(options.system)
     if (folder / "runs.csv").is_file() or (options.system and any(folder.glob(f"*/{RECORD}"))):
         target = Path(options.to or "records")
@@ -248,8 +250,8 @@ def _score(options: argparse.Namespace) -> None:
             write_record(record, target / f"{run}.record")
             print(target / f"{run}.record")
         return
-    if options.eval_results and not options.hub:
-        raise ConfigError("--eval-results needs --hub ORGANISATION/NAME, the benchmark that the result is for")
+    if options.eval_results and not re.fullmatch(r"[^/:\s]+/[^/:\s]+(:\S+)?", options.hub):
+        raise ConfigError("--eval-results needs --hub ORGANISATION/NAME[:TASK], the benchmark that the result is for")
     data, rows, gallery = _opened(options)
     evaluation, cost = _evaluated(options, data, rows, gallery)
     stem = re.sub(r"\.\w+$", "", folder.name).replace(":", ".") or "tiny_clip"

@@ -103,6 +103,18 @@ def test_records_of_different_splits_are_refused(changes, message):
         group_records({"b.record": other, "a.record": record("a", 0.5)})
 
 
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_record_whose_queries_are_not_those_of_its_split_is_refused(place):
+    """A record from elsewhere may say anything."""
+    odd = record("b", 0.5)
+    odd.queries.identity[place] = 10_000
+    cut = replace(odd, system="c", queries=replace(odd.queries, **{
+        name: getattr(odd.queries, name)[:-1] for name in vars(odd.queries) if not name.startswith("_")}))  # fmt: skip
+    for wrong in (odd, cut):
+        with pytest.raises(ConfigError, match="queries are not those of its split"):
+            group_records({"a": record("a", 0.5), "b": wrong})
+
+
 def test_one_system_or_a_record_given_twice_is_refused():
     with pytest.raises(ConfigError, match="records of a alone"):
         group_records({"x": record("a", 0.5)})

@@ -165,6 +165,9 @@ def test_a_model_is_scored_as_the_notebook_scores_it(tmp_path, monkeypatch, caps
     [
         (["mine.npz", "--branch", "tse"], "--branch tse: expected NAME=WEIGHT"),
         (["mine.npz", "--eval-results", "x.yaml"], "--eval-results needs --hub"),
+        (["mine.npz", "--eval-results", "x.yaml", "--hub", "people"], "--eval-results needs --hub ORGANISATION/NAME"),
+        (["mine.npz", "--trec", "x", "--trec-depth", "-1"], "--trec-depth is -1; expected"),
+        (["mine.npz", "--model-calls", "-1"], "model_calls: should be greater than or equal to 0"),
         (["mine.npz", "--to", "no/such/folder.record"], "cannot be written"),
         (["mine.npz", "--trec", "no/such/folder"], "cannot be written"),
         (["mine.npz", "--split", "dev"], "has no split 'dev'"),

@@ -77,8 +77,7 @@ def read_features(
         for branch in branches:
             name = f"{side}.{branch}".rstrip(".")
             features = _features(f"{path}, {name}", arrays.get(name), len(ids))
-            inverse = np.argsort(order)
-            unit = F.normalize(torch.from_numpy(features[inverse]).double(), dim=1)
+            unit = F.normalize(torch.from_numpy(features[np.argsort(order)]), dim=1)
             parts[side].append(weights[branch] ** 0.5 * unit)  # so that the cosine of all is the weighted mean
     for branch, query, item in zip(branches, parts["query"], parts["gallery"], strict=True):
         if query.shape[1] != item.shape[1]:
@@ -109,6 +108,8 @@ def read_scores(path: str | Path, rows: pd.DataFrame, gallery: pd.DataFrame) -> 
         places[name] = pd.Index(known).get_indexer(table[name])
         _refuse_unknown(f"{path}, {name}", table[name].to_numpy(object), places[name], known)
     found = pd.DataFrame(places | {"score": scores})
+    if found.empty:
+        raise ConfigError(f"{path} holds no scores")
     if (twice := found.duplicated(["query", "item"])).any():
         row = table[twice].iloc[0]
         raise ConfigError(f"{path}: the pair {row['query']}, {row['item']} is there twice; expected one score for it")
@@ -220,7 +221,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # readers fail on damaged files with nearly any exception type
         pickled = "it holds pickled objects, which could run code; save ids as np.array(ids, dtype=str)"
-        reason = pickled if "pickle" in str(error) else str(error)
+        reason = pickled if "pickle" in str(error) or "Python objects" in str(error) else str(error)
         raise ConfigError(f"{path} cannot be read as features ({' '.join(reason.split())})") from error
 
 
@@ -246,13 +247,13 @@ def _features(where: str, features: np.ndarray | None, count: int) -> np.ndarray
         raise ConfigError(f"{where}: found {shape}, expected numbers [items, dimensions]")
     if len(features) != count:
         raise ConfigError(f"{where}: found {len(features):,} rows for {count:,} ids")
-    features = np.asarray(features, np.float64 if features.dtype == np.float64 else np.float32)
+    features = np.asarray(features, np.float64)
     good = np.isfinite(features).all(axis=1) & features.any(axis=1)
     if not good.all():
         row = int(good.argmin())
         what = "only zeros" if np.isfinite(features[row]).all() else "a number that is not finite"
         raise ConfigError(f"{where}: {what} in {(~good).sum():,} of {count:,} rows, first in row {row}; repair them")
-    return features
+    return np.ldexp(features, -np.frexp(np.abs(features).max(axis=1, keepdims=True))[1])  # so that no length overflows
 
 
 def _places(where: str, ids: np.ndarray, known: pd.Series) -> np.ndarray:

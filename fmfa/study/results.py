@@ -99,6 +99,8 @@ def study_records(folder: str | Path, split: str = "test", root: str | Path = ""
     results, rows = read_results(folder), {}
     table = results.own("identities", split)
     table = _by_identity(table[table["of"] == "run"])
+    if table.empty:
+        raise ConfigError(f"{folder} has no run that was evaluated on {split}: run notebooks/04_evaluate.ipynb first")
     for run in results.runs.itertuples():
         part = table[table["run"] == run.run]
         if part.empty:

@@ -100,6 +100,12 @@ def test_ids_may_be_positions_and_features_of_half_precision(tmp_path, split, ar
     assert summary(read_features(save(tmp_path, halves, "safetensors"), *split)) == expected(halves, split)
 
 
+@pytest.mark.parametrize("size", [1e300, 1e-300, 2.0**-1040])
+def test_features_of_any_length_are_ranked(tmp_path, split, arrays, size):
+    huge = arrays | {"query": arrays["query"].astype(np.float64) * size}
+    assert summary(read_features(save(tmp_path, huge, "npz"), *split)) == pytest.approx(expected(arrays, split))
+
+
 def test_branches_are_averaged_with_their_weights(tmp_path, split, arrays):
     draw = np.random.default_rng(2)
     given = {name: array for name, array in arrays.items() if name.endswith("ids")}
@@ -167,6 +173,13 @@ def test_what_cannot_be_scored_is_told_in_one_sentence(tmp_path, split, arrays, 
     assert "\n" not in str(error.value)
 
 
+def test_pickled_arrays_of_a_folder_are_refused(tmp_path, split, arrays):
+    folder = save(tmp_path, arrays, "npy")
+    np.save(folder / "query.npy", np.array([{}], dtype=object))
+    with pytest.raises(ConfigError, match="pickled objects, which could run code"):
+        read_features(folder, *split)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"PAR1PAR1"])
 @pytest.mark.parametrize("name", ["a.npz", "a.parquet", "a.safetensors"])
 def test_damaged_files_are_told(tmp_path, split, content, name):
@@ -213,6 +226,8 @@ def test_reranked_items_come_first_and_the_others_keep_their_order(tmp_path, spl
         ("a.csv", "query,item,score\nQ,z,1\n", "item: 1 of 1 ids are unknown in this split, first z"),
         ("a.csv", "query,score\nQ,1\n", "has no column item; found query, score"),
         ("a.csv", "", "cannot be read"),
+        ("a.csv", "query,item,score\n", "holds no scores"),
+        ("a.run", "", "holds no scores"),
         ("a.run", "Q Q0 I 1 0.5\n", "line 1: expected the 6 columns query q0 item rank score tag"),
         ("a.run", "Q Q0 I 1 0.5 t\nQ Q0 I 1 0.5 t\n", "is there twice"),
     ],
