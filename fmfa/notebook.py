@@ -57,7 +57,6 @@ def run_notebook(
     *,
     timeout: int | None = None,
     html: bool = True,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Execute a notebook from its own folder with the kernel `python3`.
 
@@ -73,7 +72,6 @@ def run_notebook(
             among them start in this process' working folder; those of the defaults in the notebook's folder.
         timeout: seconds that a single cell may take; None for no limit.
         html: export the executed notebook as HTML.
-        progress: show papermill's progress bar.
 
     Returns:
         The record: notebook, output, html, status ("finished"), error (None), started, finished (UTC),
@@ -107,7 +105,7 @@ def run_notebook(
             stale.unlink(missing_ok=True)
         write_json(status_path(output), record)
     try:
-        _execute(record, timeout, progress)
+        _execute(record, timeout)
         record["status"] = "finished"
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -163,14 +161,12 @@ def main(arguments: list[str] | None = None) -> int:
     add_parameter_options(parser)
     parser.add_argument("--in-place", action="store_true", help="at the defaults, and write the outputs back into it")
     parser.add_argument("--timeout", type=int, help="seconds that a cell may take")
-    parser.add_argument("--progress", action="store_true", help="show a progress bar")
     options = parser.parse_args(arguments)
     try:
         if options.help_parameters:
             print_parameters(notebook_parameters(options.notebook).values())
             return 0
-        if not options.progress:
-            os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
+        os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         if options.in_place:
             if options.output or options.pairs or options.file:
                 parser.error("--in-place takes neither an output nor parameters: it executes at the defaults")
@@ -179,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output is None:
             parser.error("the output is missing")
         given = given_parameters(options)
-        done = run_notebook(options.notebook, options.output, given, timeout=options.timeout, progress=options.progress)
+        done = run_notebook(options.notebook, options.output, given, timeout=options.timeout)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -195,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _execute(record: dict[str, Any], timeout: int | None, progress: bool) -> None:
+def _execute(record: dict[str, Any], timeout: int | None) -> None:
     notebook, output = Path(record["notebook"]), Path(record["output"])
     # papermill fills in `{name}` within paths, so braces of real folders are doubled
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]
@@ -208,7 +204,7 @@ def _execute(record: dict[str, Any], timeout: int | None, progress: bool) -> Non
                 kernel_name=KERNEL,
                 language="python",
                 cwd=notebook.parent,
-                progress_bar=progress,
+                progress_bar=False,
                 start_timeout=START_TIMEOUT,
                 execution_timeout=timeout,
                 extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],

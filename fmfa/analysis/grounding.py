@@ -191,16 +191,13 @@ def phrase_scores(maps: dict[str, np.ndarray], true: np.ndarray, prior: np.ndarr
     }
 
 
-def grounding_table(
-    phrases: pd.DataFrame, scores: dict[str, pd.DataFrame], *, seed: int = 0, resamples: int = 2000
-) -> pd.DataFrame:
+def grounding_table(phrases: pd.DataFrame, scores: dict[str, pd.DataFrame], *, seed: int = 0) -> pd.DataFrame:
     """Means over phrases: of each map, of each part, and of each bin of visibility.
 
     Args:
         phrases: of `draw_phrases`; `identity`, `part` and `visibility` are used.
         scores: of `phrase_scores`, rows in the same order.
         seed: of the bootstrap.
-        resamples: bootstrap samples.
 
     Returns:
         Columns `COLUMNS`, shares from 0 to 1; `hit` has a 95 % interval by bootstrap over identities. The total of a
@@ -216,7 +213,7 @@ def grounding_table(
             chosen = np.asarray(chosen)
             found = table[chosen]
             identity = phrases["identity"].to_numpy()[chosen]
-            interval = bootstrap_interval(found["hit"].to_numpy(), identity, generator, resamples=resamples)
+            interval = bootstrap_interval(found["hit"].to_numpy(), identity, generator)
             row = {"map": name, "part": part, "visibility": visibility, "phrases": len(found)}
             rows.append(row | found.mean().to_dict() | {"hit_low": interval.low, "hit_high": interval.high})
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -15,13 +15,12 @@ from fmfa.simpedes.words import COLOUR_WORDS
 from fmfa.systems import System
 
 
-def train_identity_head(images: Tensor, texts: Tensor, *, steps: int = 200) -> nn.Linear:
-    """Train ID's classifier alone, with one class per row.
+def train_identity_head(images: Tensor, texts: Tensor) -> nn.Linear:
+    """Train ID's classifier alone, with one class per row, for 200 steps of Adam at learning rate 0.05.
 
     Args:
         images: [B, D], embeddings of one picture of each person.
         texts: [B, D], embeddings of a caption of the same people.
-        steps: of Adam at learning rate 0.05.
 
     Returns:
         The classifier, D to B.
@@ -30,7 +29,7 @@ def train_identity_head(images: Tensor, texts: Tensor, *, steps: int = 200) -> n
         torch.manual_seed(0)
         classifier = identity_classifier(images.shape[1], len(images))
     optimizer = torch.optim.Adam(classifier.parameters(), lr=0.05)
-    for _ in range(steps):
+    for _ in range(200):
         optimizer.zero_grad()
         identity_loss(classifier(images), classifier(texts), torch.arange(len(images))).backward()
         optimizer.step()

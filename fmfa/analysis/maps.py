@@ -21,14 +21,12 @@ from fmfa.text.bytepair import phrase_tokens
 
 TOKEN_PATCH, SPARSE, ATTENTION, GRADIENT = "token-patch", "token-patch sparse", "cross-attention", "gradient"
 MAPS = (TOKEN_PATCH, SPARSE, ATTENTION, GRADIENT)
-BATCH_SIZE = 64
+BATCH_SIZE = 64  # phrases
 TRUE_COVERAGE = 0.25  # a patch shows a part that covers this share of its pixels,
 TRUE_OF_BEST = 0.5  # or, for a part smaller than that, this share of what its best patch has
 
 
-def phrase_maps(
-    system: System, images: str | Path, phrases: pd.DataFrame, *, batch_size: int = BATCH_SIZE
-) -> dict[str, np.ndarray]:
+def phrase_maps(system: System, images: str | Path, phrases: pd.DataFrame) -> dict[str, np.ndarray]:
     """Maps of phrases over the patches of their pictures, by kind of map.
 
     `token-patch`: the dot products of EFA between a caption's tokens and the patches (for IVT, of its shared space),
@@ -42,7 +40,6 @@ def phrase_maps(
         system: any.
         images: folder that the column `image` starts from.
         phrases: of `draw_phrases`.
-        batch_size: phrases at a time.
 
     Returns:
         float32 [P, N] by name, nothing negative; `cross-attention` only where the model has IRR. A phrase that the
@@ -50,8 +47,8 @@ def phrase_maps(
     """
     parts: dict[str, list[np.ndarray]] = {}
     with evaluating(system.model), torch.autocast(_device(system.model).type, enabled=False):
-        for start in range(0, len(phrases), batch_size):
-            for name, maps in _batch_maps(system, Path(images), phrases.iloc[start : start + batch_size]).items():
+        for start in range(0, len(phrases), BATCH_SIZE):
+            for name, maps in _batch_maps(system, Path(images), phrases.iloc[start : start + BATCH_SIZE]).items():
                 parts.setdefault(name, []).append(maps.float().cpu().numpy())
     return {name: np.concatenate(maps) for name, maps in parts.items()}
 

@@ -106,16 +106,15 @@ def plot_claims(table: pd.DataFrame, own: pd.DataFrame | None = None, name: str 
     return figure
 
 
-def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
+def plot_power(table: pd.DataFrame) -> Figure | None:
     """Show the smallest difference that is seen, by seeds and identities, with FMFA's published gains; None without.
 
     Args:
         table: of `components_table`.
-        most_seeds: right end of the axis.
     """
     if table.empty:
         return None
-    seeds = np.unique(np.geomspace(2, most_seeds, 14).round().astype(int))
+    seeds = np.unique(np.geomspace(2, 30, 14).round().astype(int))
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for (name, values), marker in zip(power_table(table, seeds.tolist()).items(), MARKERS, strict=False):
         axis.plot(seeds, values, marker=marker, markersize=4, label=name)
@@ -134,7 +133,7 @@ def plot_power(table: pd.DataFrame, most_seeds: int = 30) -> Figure | None:
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter("{x:g}")
         side.set_minor_formatter("")
-    axis.set_xticks([seed for seed in (2, 3, 5, 10, 20, 30) if seed <= most_seeds])
+    axis.set_xticks([2, 3, 5, 10, 20, 30])
     axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
     axis.set_ylim(0.1, None)
     axis.legend(fontsize=8)

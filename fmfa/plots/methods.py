@@ -80,18 +80,17 @@ def draw_architecture(parts: tuple[Sequence[tuple], Sequence[tuple[int, int]]]) 
     return figure
 
 
-def plot_asdm_by_rank(similarity: Tensor, alphas: Sequence[float] = (1.0, 10.0), scale: float = 50.0) -> Figure:
+def plot_asdm_by_rank(similarity: Tensor, alphas: Sequence[float] = (1.0, 10.0)) -> Figure:
     """Show A-SDM's weight of every row of a batch by the rank of its own pair, for several alpha.
 
     Args:
         similarity: [B, B] cosines of captions (rows) with pictures of different people; pairs on the diagonal.
         alphas: strengths; one colour each.
-        scale: 1 / temperature.
     """
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(dim=1)
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for alpha, marker in zip(alphas, "os^D"):
-        weight = asdm_weights(similarity, torch.arange(len(similarity)), scale=scale, alpha=alpha)
+        weight = asdm_weights(similarity, torch.arange(len(similarity)), alpha=alpha)
         axis.plot(rank.numpy(), weight.numpy(), marker, markersize=5, alpha=0.6, label=f"A-SDM, alpha = {alpha:g}")
     axis.axhline(1, color="black", linewidth=1, linestyle=":", label="SDM")
     axis.set(xlabel="rank of the caption's own picture in the batch", ylabel="weight of the row", xscale="log")
@@ -139,16 +138,13 @@ def plot_sparsification(picture: np.ndarray, tokens: Sequence[str], similarity: 
     return figure
 
 
-def plot_pooling(
-    tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor], words: Sequence[str], sharpness: float = 1.0
-) -> Figure:
+def plot_pooling(tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor], words: Sequence[str]) -> Figure:
     """Show EFA's hard coding and pooling step by step, for the caption of one pair and the pictures of several.
 
     Args:
         tokens: [L, D] of each pair's own caption, by the pair's name; the first is the caption that is compared.
         patches: [N, D] of each pair's picture, class token left out.
         words: of the first caption.
-        sharpness: lambda of the log-sum-exp.
     """
     joint = [group_patches(text[None], patches[name][None])[0] for name, text in tokens.items()]
     own = F.normalize(next(iter(tokens.values())), dim=1)
@@ -164,7 +160,7 @@ def plot_pooling(
         axis.plot(*best, "s", color="none", markeredgecolor="white", markersize=5)
         axis.set(title=name, xlabel="joint embeddings")
     axes[0].tick_params(axis="y", labelsize=7, rotation=0)
-    pooled = [np.logaddexp.reduce(sharpness * values.max(axis=1)) / sharpness for values in cosines]
+    pooled = [np.logaddexp.reduce(values.max(axis=1)) for values in cosines]
     axes[-1].plot(pooled, "o", markersize=8)
     axes[-1].set(title="pooled similarity S", xlim=(-0.5, len(tokens) - 0.5))
     axes[-1].set_xticks(range(len(tokens)), list(tokens), rotation=20, ha="right")

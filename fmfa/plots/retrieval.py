@@ -21,6 +21,7 @@ from fmfa.records import read_metrics
 
 LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa")  # in this order and colour wherever they appear
 HIT, MISS = "#029e73", "#d55e00"  # green and red of the colour-blind palette
+_RANKS = 20  # of the curve
 _THUMBNAIL = 384  # pixels; a gallery may hold photographs of many megapixels
 
 
@@ -117,19 +118,19 @@ def _by_epoch(axis: Axes, table: pd.DataFrame, curves: Mapping[str, str], label:
     axis.legend(fontsize=8)
 
 
-def plot_cmc(evaluation: Evaluation, max_rank: int = 20) -> Figure:
+def plot_cmc(evaluation: Evaluation) -> Figure:
     """Show the share of queries hit within each rank, both directions, with 95 % intervals and chance (dashed)."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    ranks = np.arange(1, max_rank + 1)
+    ranks = np.arange(1, _RANKS + 1)
     for direction, colour, marker, start in ((TEXT_TO_IMAGE, "C0", "o", 0), (IMAGE_TO_TEXT, "C1", "s", 5)):
         metrics = evaluation.metrics[direction]
         queries = len(metrics.relevant) - metrics.unanswerable
         label = f"{direction}, n = {queries:,} queries, {metrics.gallery_size:,} in the gallery"
-        axis.plot(ranks, 100 * metrics.cmc(max_rank), color=colour, marker=marker, markersize=4, label=label)
+        axis.plot(ranks, 100 * metrics.cmc(_RANKS), color=colour, marker=marker, markersize=4, label=label)
         # of two equal curves both colours show
         dashes: dict[str, Any] = {"linestyle": (start, (5, 5)), "color": colour}
-        axis.plot(ranks, 100 * _chance_cmc(metrics, max_rank), label=f"chance, {direction}", **dashes)
-        for rank in (k for k in (1, 5, 10) if k <= max_rank):
+        axis.plot(ranks, 100 * _chance_cmc(metrics), label=f"chance, {direction}", **dashes)
+        for rank in (1, 5, 10):
             interval = evaluation.intervals[direction][f"R@{rank}"]
             axis.vlines(rank, 100 * interval.low, 100 * interval.high, color=colour, linewidth=5, alpha=0.35)
     axis.set(xlabel="rank k", ylabel="R@k (%), bars: 95 % intervals", ylim=(0, 102))
@@ -232,10 +233,10 @@ def _marked(points: int, marker: str = "o") -> dict:
     return {"marker": marker if points <= 40 else "", "markersize": 4}
 
 
-def _chance_cmc(metrics: RankMetrics, max_rank: int) -> np.ndarray:
+def _chance_cmc(metrics: RankMetrics) -> np.ndarray:
     """Expected CMC of a random ranking: `fmfa.metrics.chance_metrics`' R@k at every rank."""
     relevant, queries = np.unique(metrics.relevant[metrics.relevant > 0], return_counts=True)
-    ranks = np.minimum(np.arange(1, max_rank + 1), metrics.gallery_size)
+    ranks = np.minimum(np.arange(1, _RANKS + 1), metrics.gallery_size)
     hit = stats.hypergeom.sf(0, metrics.gallery_size, relevant[:, None], ranks)
     return np.average(hit, axis=0, weights=queries)
 

@@ -107,7 +107,7 @@ def test_the_part_itself_scores_everything_and_noise_scores_chance():
     true[:, 0] |= ~true.any(axis=1)
     maps = {"part": true.astype(float), "noise": draw.random((count, patches))}
     phrases = phrases_of(draw.integers(0, 300, count))
-    table = grounding_table(phrases, phrase_scores(maps, true, draw.random((count, patches))), resamples=300)
+    table = grounding_table(phrases, phrase_scores(maps, true, draw.random((count, patches))))
     total = table[(table["part"] == "all") & (table["visibility"] == "all")].set_index("map")
     assert total.loc["part", ["hit", "hit_low", "hit_high", "mass", "ap"]].tolist() == [1, 1, 1, 1, 1]
     noise = total.loc["noise"]
@@ -122,7 +122,7 @@ def test_the_table_has_a_row_for_each_part_and_bin_and_their_means():
     phrases = phrases_of([1, 1, 2, 3], ["bag", "bag", "hair", "bag"], ["small", "large", "small", "large"])
     true = np.array([[True, False]] * 4)
     maps = {"m": np.array([[2.0, 1], [1, 2], [1, 2], [3, 0]])}
-    table = grounding_table(phrases, phrase_scores(maps, true, np.ones((4, 2))), resamples=50)
+    table = grounding_table(phrases, phrase_scores(maps, true, np.ones((4, 2))))
     assert list(table.columns) == list(COLUMNS)
     rows = table.set_index(["part", "visibility"])
     assert rows["phrases"].to_dict() == {
@@ -279,11 +279,12 @@ def test_relevance_is_the_derivative_when_a_patch_is_scaled(make):
     assert found.abs().max() > 1e-4
 
 
-def test_maps_of_phrases_do_not_depend_on_the_batch_and_leave_the_model_alone(tiny, shipped):
+def test_maps_of_phrases_do_not_depend_on_the_batch_and_leave_the_model_alone(tiny, shipped, monkeypatch):
     phrases = draw_phrases(tiny, "test", 7)
     shipped.model.train()
     together = phrase_maps(shipped, tiny.images, phrases)
-    apart = phrase_maps(shipped, tiny.images, phrases, batch_size=2)
+    monkeypatch.setattr("fmfa.analysis.maps.BATCH_SIZE", 2)
+    apart = phrase_maps(shipped, tiny.images, phrases)
     assert shipped.model.training
     shipped.model.eval()
     assert set(together) == {TOKEN_PATCH, SPARSE, GRADIENT}

@@ -45,8 +45,8 @@ def test_pooled_points_are_those_of_the_loss():
     draw = torch.Generator().manual_seed(0)
     text, patches = torch.randn(3, 5, 8, generator=draw), torch.randn(3, 7, 8, generator=draw)
     names = ["own", "first", "second"]
-    figure = methods.plot_pooling(dict(zip(names, text)), dict(zip(names, patches)), list("abcde"), sharpness=2.0)
-    expected = pooled_similarity(text[:1], group_patches(text, patches), sharpness=2.0)[0]
+    figure = methods.plot_pooling(dict(zip(names, text)), dict(zip(names, patches)), list("abcde"))
+    expected = pooled_similarity(text[:1], group_patches(text, patches), sharpness=1.0)[0]
     assert figure.axes[-1].lines[0].get_ydata() == pytest.approx(expected.numpy(), rel=1e-5)
 
 
