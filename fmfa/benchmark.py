@@ -1,9 +1,9 @@
 """How fast and how large: `python -m fmfa.benchmark` renders pictures and takes training steps of each method.
 
 A step is all of it: loading with augmentation, forward with losses, backward, and the optimiser. It is taken in turn
-with the released arithmetic (`fmfa.models.plain`, one sample loaded at a time; of IVT only the loading differs), so
-that their ratio holds on a busy machine. On a CPU seconds are those of the process, over its threads; on a GPU the
-parts are timed with a synchronisation after each, the whole step without.
+with the released arithmetic (`fmfa.models.plain`, with torchvision's augmentation; of IVT only that differs), so that
+their ratio holds on a busy machine. On a CPU seconds are those of the process, over its threads; on a GPU the parts are
+timed with a synchronisation after each, the whole step without.
 
 Every figure comes from one run on one machine, so only the ratios travel. Peak memory is that of a fresh process a
 method, over what it held before its first step: resident on a CPU, of tensors on a GPU. Floating-point operations are
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -36,7 +35,6 @@ import torch
 from torch import Tensor
 
 from fmfa.data.datasets import open_dataset
-from fmfa.data.pairs import PairDataset
 from fmfa.devices import DEVICES, choose_device
 from fmfa.evaluation.cost import training_flops
 from fmfa.evaluation.evaluate import encode_captions, encode_images
@@ -47,7 +45,7 @@ from fmfa.models.plain import plain_losses
 from fmfa.records import device_name
 from fmfa.simpedes.generate import generate, pictures, recipe
 from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, build_system, load_system
-from fmfa.training.batches import TableBatches
+from fmfa.training.batches import TableBatches, training_transform
 from fmfa.training.config import TrainConfig
 from fmfa.training.optimizer import build_optimizer
 
@@ -104,6 +102,9 @@ class _Steps:
         self.model, self.loader = model, batches.loader
         self.optimizer = build_optimizer(model, config)
         self.dataset, self.rows = batches.pairs, cycle(batches.batches)
+        self.transform = training_transform(config)
+        if plain:
+            self.transform = replace(self.transform, finish=self.transform.finish.get_submodule("torchvision"))
         self.losses = (
             partial(plain_losses, model) if plain and isinstance(model, ClipRetriever) else lambda b: model(b).losses
         )
@@ -118,7 +119,8 @@ class _Steps:
             seconds[part], begun = now - begun, now
 
         rows = next(self.rows)
-        samples = [self.dataset[row] for row in rows] if self.plain else _samples(self.dataset, rows)
+        self.dataset.transform = self.transform
+        samples = [self.dataset[row] for row in rows]
         batch = {name: value.to(self.device) for name, value in self.loader.collate_fn(samples).items()}
         done("loading")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -140,10 +142,6 @@ class _Steps:
         if waits:
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def _samples(dataset: PairDataset, rows: Sequence[int]) -> list:
-    return dataset.__getitems__(rows) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
 def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu", **changes: Any) -> dict[str, float]:
@@ -178,7 +176,7 @@ def step(method: str, repeats: int = 7, *, folder: str = "", device: str = "cpu"
         whole = [[_rate(way, repeats)] for way in ways]
     ours, plain = map(statistics.median, whole)
     parts = {name: statistics.median(parts[name] for parts in taken[0]) for name in taken[0][0]}
-    batch = batches.loader.collate_fn(_samples(batches.pairs, range(config.batch_size)))
+    batch = batches.loader.collate_fn([batches.pairs[row] for row in range(config.batch_size)])
     batch = {name: value.to(place) for name, value in batch.items()}
     operations = mean_flops(model, batch) * len(batch["images"]) / config.batch_size
     costs = {"MiB": memory[0], "plain_MiB": memory[1], "MFLOP": operations / 1e6}

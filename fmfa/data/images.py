@@ -189,7 +189,7 @@ def fmfa_training(size: Size) -> ImageTransform:
     filled with the numbers of CLIP's mean (not with zero, which would be the mean colour).
     """
     erasing = _Erasing(p=0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(CLIP_MEAN))
-    return ImageTransform(size, InterpolationMode.BILINEAR, _training(size, CLIP_MEAN, CLIP_STD, erasing))
+    return ImageTransform(size, InterpolationMode.BILINEAR, _Training(size, CLIP_MEAN, CLIP_STD, erasing))
 
 
 def ivt_training(size: Size) -> ImageTransform:
@@ -199,7 +199,7 @@ def ivt_training(size: Size) -> ImageTransform:
     0.5 one box of 2 to 33 % of the area, aspect 0.3 to 3.33, is filled with standard normal noise.
     """
     erasing = _Erasing(p=0.5, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
-    return ImageTransform(size, InterpolationMode.BICUBIC, _training(size, HALF, HALF, erasing))
+    return ImageTransform(size, InterpolationMode.BICUBIC, _Training(size, HALF, HALF, erasing))
 
 
 def fmfa_evaluation(size: Size) -> ImageTransform:
@@ -234,8 +234,31 @@ def _normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 
-def _training(size: Size, mean: tuple, std: tuple, erasing: v2.RandomErasing) -> v2.Compose:
-    vertical, horizontal = (int(FULL_PAD * now / full + 0.5) for now, full in zip(size, FULL_SIZE))
-    # Padding is [left, top, right, bottom].
-    padding = [horizontal, vertical, horizontal, vertical]
-    return v2.Compose([v2.Pad(padding), v2.RandomCrop(size), _normalise(mean, std), erasing])
+class _Training(nn.Module):
+    """Black padding, random crop, normalisation and erasing: torchvision's transforms, draw by draw and bit by bit.
+
+    Calling those one after the other takes most of the time that loading a small picture takes.
+    """
+
+    def __init__(self, size: Size, mean: tuple, std: tuple, erasing: v2.RandomErasing):
+        super().__init__()
+        self.size, self.erasing = size, erasing
+        self.edges = [int(FULL_PAD * now / full + 0.5) for now, full in zip(size, FULL_SIZE)]
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        vertical, horizontal = self.edges
+        padding = [horizontal, vertical, horizontal, vertical]  # left, top, right, bottom
+        self.torchvision = v2.Compose([v2.Pad(padding), v2.RandomCrop(size), _normalise(mean, std), erasing])
+
+    def forward(self, picture: Tensor, parts: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if parts is not None:
+            return self.torchvision(picture, parts)
+        vertical, horizontal = self.edges
+        padded = nn.functional.pad(picture, [horizontal, horizontal, vertical, vertical])
+        top, left = (int(torch.randint(0, 2 * edge + 1, size=())) if edge else 0 for edge in self.edges)
+        cropped = padded[..., top : top + self.size[0], left : left + self.size[1]]
+        normalised = cropped.to(torch.float32).mul_(1 / 255).sub_(self.mean).div_(self.std)
+        if torch.rand(1) < self.erasing.p:
+            box = self.erasing.make_params([normalised])
+            if box["v"] is not None:
+                normalised[..., box["i"] : box["i"] + box["h"], box["j"] : box["j"] + box["w"]] = box["v"]
+        return normalised

@@ -146,9 +146,9 @@ class PairDataset(Dataset):
 
         Returns:
             `images` float32 [SB, 3, H, W]; `caption_ids` and, with masking, `masked_ids`,
-            `masked_labels` int64 [SB, L]; `labels`, `rows` int64 [SB]; with part maps `part_maps` int8
-            [B, H, W] (the part that each pixel shows) and `token_parts` int64 [B, L] (the part that each
-            token speaks of), -1 for none; and `attention_mask` int64
+            `masked_labels` int64 [SB, L] and `masked_positions` [SB, K]; `labels`, `rows` int64 [SB]; with
+            part maps `part_maps` int8 [B, H, W] (the part that each pixel shows) and `token_parts` int64 [B, L]
+            (the part that each token speaks of), -1 for none; and `attention_mask` int64
             [SB, L] where the tokenizer pads to the longest caption. The first B rows hold every
             sample's first text (word level), the next B the second, and so on.
         """
@@ -160,6 +160,8 @@ class PairDataset(Dataset):
                 batch[key] = pad_sequence(by_text, batch_first=True, padding_value=fill)
             else:
                 batch[key] = torch.stack(by_text)
+        if "masked_labels" in batch:
+            batch["masked_positions"] = masked_positions(batch["masked_labels"])
         if hasattr(self.tokenizer, "attention_mask"):
             mask = self.tokenizer.attention_mask(batch["caption_ids"])
             longest = int(mask.sum(1).max())
@@ -336,3 +338,13 @@ def mask_tokens(
     replacement = torch.where(fate < RANDOM, random, tokenizer.mask_id)
     replaced = chosen & (fate < 1 - KEPT)
     return torch.where(replaced, replacement, ids), torch.where(chosen, ids, 0)
+
+
+def masked_positions(labels: Tensor) -> Tensor:
+    """Where the labels [B, L] of masked tokens are not 0, by row: int64 [B, K], with others behind in shorter rows.
+
+    K is the largest number of a row, rounded up to a multiple of 4 (at most L), so that few shapes occur.
+    """
+    chosen = labels != 0
+    most = max(int(chosen.sum(dim=1).max()), 1)
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, : -(-most // 4) * 4]

@@ -15,7 +15,7 @@ from fmfa.errors import ConfigError
 
 COSTS = ("paper", "released", "literal")
 KEEPS = (">=", ">")
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # cosines held at a time when no chunk size is given
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}  # cosines held at a time when no chunk size is given
 
 
 def sparsify(similarity: Tensor, *, sigma: float = 0.0, keep: str = ">=") -> Tensor:
@@ -116,7 +116,7 @@ def pooled_similarity(
         joint = joint.gather(1, counted[:, :, None].expand_as(joint))
     if token_mask is not None and tokens.device.type == "cpu":
         rows = tokens[token_mask]
-    chunk = chunk or max(1, CHUNK_ELEMENTS.get(rows.device.type, 2**20) // (len(rows) * length))
+    chunk = chunk or max(1, CHUNK_ELEMENTS.get(rows.device.type, 2**19) // (len(rows) * length))
     best = _BestMatch.apply(rows, joint, lengths, chunk) * sharpness  # [T, B]
     if best.dtype in (torch.float16, torch.bfloat16):
         best = best.float()
@@ -148,12 +148,14 @@ class _BestMatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, joint, place = ctx.saved_tensors
-        to_rows, to_joint = torch.zeros_like(rows), torch.zeros_like(joint)
+        length = joint.shape[1]
+        places = place + length * torch.arange(len(joint), device=place.device, dtype=place.dtype)
+        to_rows = F.embedding_bag(places, joint.flatten(0, 1), per_sample_weights=gradient, mode="sum")
+        to_joint = torch.zeros_like(joint)
         for block, length in zip(ctx.blocks, ctx.lengths, strict=True):
             chosen = gradient[:, block, None]
             spread = chosen.new_zeros(*chosen.shape[:2], length)
             spread = spread.scatter_(2, place[:, block, None].long(), chosen).flatten(1)  # [T, c * length]
-            to_rows.addmm_(spread, joint[block, :length].flatten(0, 1))
             to_joint[block, :length] = (spread.T @ rows).unflatten(0, (-1, length))
         return to_rows, to_joint, None, None
 

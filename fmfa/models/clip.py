@@ -10,7 +10,9 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import LayerNorm, QuickGELU, Transformer, text_global_pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fmfa.data.pairs import masked_positions
 from fmfa.errors import ConfigError
 from fmfa.losses import matching as losses
 from fmfa.losses.efa import efa, group_patches
@@ -20,6 +22,8 @@ from fmfa.models.blocks import attend, run_blocks
 from fmfa.models.distributed import gather, largest, total, world_size
 from fmfa.models.objectives import Objectives
 from fmfa.models.outputs import Encoded, ModelOutput, Retriever
+
+SIMILAR = 16  # captions that are encoded together on a CPU
 
 
 class TokenEncoder(Retriever):
@@ -83,9 +87,11 @@ class TokenEncoder(Retriever):
             tokens: whether every token is wanted, or only the one that is the embedding.
 
         Returns:
-            tokens [B, L, D] (final LayerNorm and projection at every position; [B, 1, D] without `tokens`), embedding
-            [B, D] at the end token.
+            tokens [B, L, D] (final LayerNorm and projection at every position, or 0 some way behind a caption's end;
+            [B, 1, D] without `tokens`), embedding [B, D] at the end token.
         """
+        if positions is None and len(ids) > SIMILAR and ids.device.type == "cpu":
+            return self._encode_by_length(ids, tokens)
         tower = getattr(self.clip, "text", self.clip)
         length = int(self.longest_caption(ids)) if positions is None else positions
         ids = ids[:, :length]
@@ -101,6 +107,14 @@ class TokenEncoder(Retriever):
         elif projection is not None:
             x = x @ projection.to(x.dtype)  # [B, L, D]
         return Encoded(x, x[:, 0] if alone else text_global_pool(x, ids, self._pool_type, self._end_id))
+
+    def _encode_by_length(self, ids: Tensor, tokens: bool) -> Encoded:
+        """`encode_text` of few captions of similar length at a time, each as far as its longest."""
+        order = self.end_positions(ids).argsort(stable=True)
+        parts = [self.encode_text(ids[rows], tokens=tokens) for rows in order.split(SIMILAR)]
+        longest, back = max(part.tokens.shape[1] for part in parts), order.argsort()
+        every = [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
+        return Encoded(torch.cat(every)[back], torch.cat([part.embedding for part in parts])[back])
 
     def longest_caption(self, ids: Tensor) -> Tensor:
         """Positions that the text tower needs for the embeddings of `ids` [B, L], an int64 scalar.
@@ -232,22 +246,31 @@ class ClipRetriever(TokenEncoder):
         image = self.encode_image(batch["images"], tokens=patches)
         ids = batch[read]
         everywhere = together or wanted.needs_all_positions
-        # ranks exchange text tokens, so they need one length
-        length = ids.shape[1] if everywhere else int(largest(self.longest_caption(ids)))
         words = together or bool(wanted.efa or wanted.grounding)
-        text = self.encode_text(ids, positions=length, tokens=words)
+        # on a GPU no shape depends on a value, for which it would have to be waited
+        length = ids.shape[1] if everywhere or ids.device.type != "cpu" else None
+        if length is None and words and world_size() > 1:  # ranks exchange text tokens, so they need one length
+            length = int(largest(self.longest_caption(ids)))
+        apart = wanted.irr > 0 and not together
+        if apart:
+            self._require(batch, "masked_ids")
+        if apart and length == ids.shape[1]:
+            both = self.encode_text(torch.cat([ids, batch["masked_ids"]]), positions=length)
+            text = Encoded(both.tokens[: len(ids)], both.embedding[: len(ids)])
+            masked = both.tokens[len(ids) :]
+        else:
+            text = self.encode_text(ids, positions=length, tokens=words)
+            masked = self.encode_text(batch["masked_ids"], positions=ids.shape[1]).tokens if apart else text.tokens
         output = ModelOutput({}, {"image_tokens": image.tokens, "text_tokens": text.tokens})
         self._match_embeddings(output, image, text, batch["labels"])
         if wanted.id:
             self._classify(output, image, text, batch["labels"])
         if wanted.irr:
-            self._require(batch, "masked_ids", "masked_labels")
-            masked = text.tokens
-            if not together:
-                masked = self.encode_text(batch["masked_ids"], positions=ids.shape[1]).tokens
+            self._require(batch, "masked_labels")
+            if apart:
                 output.features["masked_text_tokens"] = masked
             self._predict_masked(output, masked, image.tokens, batch)
-        where = self._true_patches(batch, length) if wanted.needs_parts else None
+        where = self._true_patches(batch, text.tokens.shape[1]) if wanted.needs_parts else None
         if wanted.efa:
             self._align(output, image, text, ids, batch["labels"], where if wanted.efa_oracle else None)
         if where is not None and wanted.grounding:
@@ -294,7 +317,8 @@ class ClipRetriever(TokenEncoder):
         assert self.classifier is not None
         logits = self.classifier(image.embedding), self.classifier(text.embedding)
         # each rank's mean counts by its share of the joint batch; DDP divides by the number of ranks
-        share = world_size() * len(labels) / int(total(torch.tensor(len(labels), device=labels.device)))
+        count = torch.tensor(len(labels), device=labels.device)
+        share = world_size() * len(labels) / int(total(count)) if world_size() > 1 else 1.0
         output.losses["id"] = self.objectives.id * share * losses.identity_loss(*logits, labels)
         for name, rows in zip(("image", "text"), logits, strict=True):
             output.stats[f"id_accuracy_{name}"] = (rows.argmax(dim=1) == labels).float().mean().detach()
@@ -302,7 +326,7 @@ class ClipRetriever(TokenEncoder):
     def _predict_masked(self, output: ModelOutput, text: Tensor, image: Tensor, batch: Mapping) -> None:
         assert self.irr is not None
         labels = batch["masked_labels"]
-        positions = masked_positions(labels)
+        positions = batch["masked_positions"] if "masked_positions" in batch else masked_positions(labels)
         valid = self.caption_positions(batch["masked_ids"]) if self.objectives.irr_padding_mask else None
         logits, targets = self.irr(text, image, positions, valid).flatten(0, 1), labels.gather(1, positions).flatten()
         chosen = targets != 0
@@ -406,13 +430,6 @@ class CrossModalHead(nn.Module):
         x = attend(self.cross_attn, self.ln_pre_t(text_tokens), self.ln_pre_i(image_tokens))
         x = run_blocks(self.cross_modal_transformer, x, valid=valid, positions=positions)
         return self.mlm_head(self.ln_post(x))
-
-
-def masked_positions(labels: Tensor) -> Tensor:
-    """Where the labels [B, L] of masked tokens are not 0, by row: int64 [B, K], with others behind in shorter rows."""
-    chosen = labels != 0
-    most = int(chosen.sum(dim=1).max())
-    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, : max(most, 1)]
 
 
 def identity_classifier(width: int, identities: int) -> nn.Linear:

@@ -64,11 +64,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     groups = parameter_groups(model, config)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
     else:
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         betas = (config.beta1, config.beta2)
-        optimizer = kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps)
+        optimizer = kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
     set_learning_rate(optimizer, config, 0)
     return optimizer
 

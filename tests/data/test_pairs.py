@@ -94,6 +94,16 @@ def test_training_resizes_as_published(pictures):
         assert (transform.read(pictures / "1.png").permute(1, 2, 0).numpy() == expected).all()
 
 
+@pytest.mark.parametrize("size", [SIZE, (96, 32), (384, 128), (9, 3)])
+@pytest.mark.parametrize("make", [fmfa_training, ivt_training])
+def test_training_pictures_are_torchvisions_bit_by_bit(make, size):
+    transform = make(size)
+    pictures = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for seed in range(20):
+        expected = seeded(SimpleNamespace(finish=transform.finish.torchvision), pictures, seed)
+        assert torch.equal(seeded(transform, pictures, seed), expected)
+
+
 @pytest.mark.parametrize(("size", "pad"), [((384, 128), (10, 10)), ((96, 32), (3, 3)), ((192, 128), (5, 10))])
 @pytest.mark.parametrize("make", [fmfa_training, ivt_training])
 def test_crops_are_windows_of_the_padded_picture(make, size, pad):
@@ -265,6 +275,7 @@ def test_batches_hold_what_they_say(dataset, table, tokenizer):
         "caption_ids": ((4, 20), torch.int64),
         "masked_ids": ((4, 20), torch.int64),
         "masked_labels": ((4, 20), torch.int64),
+        "masked_positions": (tuple(batch["masked_positions"].shape), torch.int64),
         "labels": ((4,), torch.int64),
         "rows": ((4,), torch.int64),
     }
@@ -272,6 +283,10 @@ def test_batches_hold_what_they_say(dataset, table, tokenizer):
     assert batch["labels"].tolist() == table["label"][rows].tolist()
     assert batch["caption_ids"].equal(tokenizer(table["caption"][rows].tolist()))
     chosen = batch["masked_labels"] != 0
+    places = batch["masked_positions"]
+    assert places.shape[1] == -(-int(chosen.sum(dim=1).max()) // 4) * 4
+    assert torch.equal(chosen.gather(1, places).sum(dim=1), chosen.sum(dim=1))
+    assert all(len(row.unique()) == len(row) for row in places)
     assert torch.equal(batch["masked_labels"][chosen], batch["caption_ids"][chosen])
     assert torch.equal(batch["masked_ids"][~chosen], batch["caption_ids"][~chosen])
     assert chosen.any(1).tolist() == [True, False, True, True]  # the caption of row 2 is empty

@@ -9,7 +9,7 @@ from toy_clip import CONTEXT, END, VOCABULARY, batch, config, retriever
 
 from fmfa.errors import ConfigError
 from fmfa.models.backbone import resize_positions
-from fmfa.models.clip import ClipRetriever
+from fmfa.models.clip import SIMILAR, ClipRetriever
 from fmfa.models.objectives import Objectives, objectives
 
 
@@ -58,6 +58,18 @@ def test_text_tower_runs_on_the_longest_caption_only_and_gives_the_same():
     torch.testing.assert_close(short.tokens, full.tokens[:, :longest])
 
 
+def test_captions_of_similar_length_are_encoded_together_and_keep_their_order():
+    model, data = retriever().eval(), batch(3 * SIMILAR + 1, longest=CONTEXT)
+    with torch.no_grad():
+        full = model.encode_text(data["caption_ids"], positions=CONTEXT)
+        for tokens in (True, False):
+            found = model.encode_text(data["caption_ids"], tokens=tokens)
+            torch.testing.assert_close(found.embedding, full.embedding)
+        told = model.caption_positions(data["caption_ids"])
+        tokens = model.encode_text(data["caption_ids"]).tokens
+    torch.testing.assert_close(tokens[told[:, : tokens.shape[1]]], full.tokens[told])
+
+
 def test_a_text_tower_that_is_not_causal_runs_on_all_positions():
     model = ClipRetriever(config(text={"no_causal_mask": True}))
     assert model.encode_text(batch()["caption_ids"]).tokens.shape[1] == CONTEXT
@@ -91,11 +103,11 @@ def test_padding_takes_part_in_the_released_efa_but_not_in_the_papers():
     assert lengths["caption"] < lengths["all"] == CONTEXT
 
 
-def test_the_vocabulary_head_runs_on_masked_positions_only():
+def test_the_vocabulary_head_runs_on_few_positions():
     model, data, seen = retriever(Objectives(irr=1, irr_depth=1)), batch(), []
     model.irr.mlm_head.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model(data)
-    assert seen == [(4, 1, VOCABULARY)]
+    assert seen == [(4, 4, VOCABULARY)]  # of 12 positions; a multiple of 4
 
 
 def test_a_batch_without_masked_positions_trains():
