@@ -47,6 +47,7 @@ _BATCH = 512
 CODED_ABOVE = 20_000  # vectors without codes; as many are searched in half precision
 APPROXIMATE_ABOVE = 2_000_000  # vectors; below, exact search takes 100 ms at most
 PATIENCE = 20.0  # seconds that a condition may take
+_RESCORED = 500  # of the first pass, beyond the hits
 _SAMPLE = 2048  # pictures that say what cosines are usual
 
 
@@ -128,19 +129,22 @@ class Gallery:
                 places = self._places(table, where)
             else:
                 chosen = self._places(table, where) if where else None
-                if chosen is not None and len(chosen) <= k + _SAMPLE:
+                if chosen is not None and len(chosen) <= k + _RESCORED:
                     places = chosen
                 else:
                     places = self._near(self.codes, table, unit, k, chosen, approximate and not where)
             cosine = _products(self.vectors[places], unit)
             order = np.argsort(-cosine, kind="stable")[:k]
             best, cosine = places[order], cosine[order]
-            rows = self._select(table, "*", _among(best)).set_index("vector").loc[best]
+            asked = self._asked(table, "*", _among(best))
+            found = {row[0]: row for row in asked}  # by vector, the first column
+        names = [name for name, *_ in asked.description]
+        rows = pd.DataFrame.from_records([found[vector] for vector in best.tolist()], columns=names)
         usual = _products(self._sample, unit)
         deviations = (cosine - usual.mean()) / (usual.std(ddof=1) if len(usual) > 1 else np.nan)
         if isinstance(self.vectors.base, mmap.mmap) and self.codes:  # what was read stays in the system's cache alone
             self.vectors.base.madvise(mmap.MADV_DONTNEED)
-        return rows.reset_index().assign(cosine=cosine, deviations=deviations)
+        return rows.assign(cosine=cosine, deviations=deviations)
 
     def choices(self, most: int = 20) -> dict[str, list[Any]]:
         """By column of the user, its different values, of those columns that have 2 to `most`."""
@@ -163,7 +167,7 @@ class Gallery:
         approximate: bool,
     ) -> np.ndarray:
         """Some vectors in ascending order, among them the k best (if approximate, most of them)."""
-        coded, take = len(codes.vector), k + 500
+        coded, take = len(codes.vector), k + (_RESCORED if places is None and not approximate else 100)
         rest = self._places(table, f"vector >= {coded}") if places is None else places[places >= coded]
         places = places if places is None else places[places < coded]
         while True:
@@ -571,14 +575,14 @@ def _append(path: Path, vectors: np.ndarray, size: int) -> int:
 @contextmanager
 def _connected(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
     path = (folder / TABLE).absolute()
-    mode = "rwc" if write else "ro"
+    mode = "rwc" if write else "rw"  # who cannot write cannot undo what a killed writer left half done
     try:
         table = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)
         try:
             limit = time.monotonic() + PATIENCE
             table.set_progress_handler(None if write else lambda: time.monotonic() > limit, 100_000)
-            if write:
-                table.execute(f"CREATE TABLE IF NOT EXISTS pictures ({_SCHEMA})")
+            table.execute(f"CREATE TABLE IF NOT EXISTS pictures ({_SCHEMA})")
+            table.execute(f"PRAGMA query_only = {not write}")
             yield table
         finally:
             table.close()
@@ -595,7 +599,9 @@ def _fit_columns(table: sqlite3.Connection, names: Sequence[str]) -> None:
 
 
 def _products(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """[N, D] times [D] in one thread: those of BLAS wait for each other on a busy machine."""
+    """[N, D] times [D]; few in one thread, since several wait for each other on a busy machine."""
+    if vectors.size > 2**20:
+        return (torch.from_numpy(vectors).float() @ torch.from_numpy(query)).numpy()
     return np.einsum("nd,d->n", np.asarray(vectors, np.float32), query)
 
 

@@ -6,7 +6,6 @@ among what the first pass found. Codes lie ordered by k-means cells; the approxi
 """
 
 import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +20,7 @@ from fmfa.errors import ConfigError
 from fmfa.files import whole_file
 
 CODES = "codes.npz"
-RECALL = 0.95  # of the ten best, by which the number of cells that the approximate search reads is chosen
+RECALL = 0.97  # of the ten best, by which the number of cells that the approximate search reads is chosen
 _STEP = 20_000
 _PER_CELL = 40  # training vectors of k-means
 _SLACK = 1e-4  # rounding of float32 in turning and adding
@@ -76,32 +75,33 @@ class Codes:
             int [take] vectors in no order, and a cosine that none of the others searched exceeds, unless by an error
             of more than six standard deviations: after the rotation, errors of length e have deviation e / sqrt(D).
         """
-        turned = query @ self.rotation
+        turned = np.einsum("d,de->e", query, self.rotation)  # threads of BLAS wait for each other on a busy machine
         unit = max(np.abs(turned).max() / 127, 1e-12)
         code = np.rint(turned / unit)
         threads = faiss.omp_get_max_threads()
         if places is not None:
-            blocks = [(part, self.rows[part]) for part in np.array_split(np.sort(self.row[places]), threads)]
+            parts = np.array_split(np.sort(self.row[places]), threads)
+            blocks = [(self.rows[part], part) for part in parts]
+        elif probes:
+            cells = np.argpartition(-np.einsum("cd,d->c", self.centroids, turned), probes - 1)[:probes]
+            blocks = [(self.rows[start:end], start) for start, end in zip(self.bounds[cells], self.bounds[cells + 1])]
         else:
-            parts = np.linspace(0, len(self.rows), threads + 1).astype(int)
-            spans: Iterable[tuple[int, int]] = pairwise(parts)
-            if probes:
-                cells = np.argsort(-(self.centroids @ turned))[:probes]
-                spans = zip(self.bounds[cells], self.bounds[cells + 1])
-            blocks = [(np.arange(start, end), self.rows[start:end]) for start, end in spans]
+            bounds = np.linspace(0, len(self.rows), threads + 1).astype(int)
+            blocks = [(self.rows[start:end], start) for start, end in pairwise(bounds)]
         shares = [blocks[first::threads] for first in range(threads)]
         found = _pool(threads).map(lambda share: [self._best(code, take, *block) for block in share], shares)
         scores, rows = map(np.concatenate, zip(*(best for share in found for best in share)))
-        best = np.argsort(-scores, kind="stable")[:take]
-        if len(best) == sum(len(numbers) for numbers, _ in blocks):
-            return self.vector[rows[best]], -np.inf
+        if take >= sum(len(block) for block, _ in blocks):
+            return self.vector[rows], -np.inf
+        best = np.argpartition(-scores, take - 1)[:take]
         lost = self.error + np.linalg.norm(turned - unit * code) * (self.reach + self.error)
         lost = lost * min(1, 6 / len(query) ** 0.5) + _SLACK
-        return self.vector[rows[best]], float(scores[best[-1]] * unit * self.scale + query @ self.mean + lost)
+        return self.vector[rows[best]], float(scores[best].min() * unit * self.scale + query @ self.mean + lost)
 
     def _best(
-        self, code: np.ndarray, take: int, numbers: np.ndarray, rows: np.ndarray
+        self, code: np.ndarray, take: int, rows: np.ndarray, numbers: np.ndarray | int
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and numbers of the best of some rows, which are numbered by an array or from a number on."""
         if not len(rows):
             return np.empty(0, np.float32), np.empty(0, int)
         part = _empty(rows.shape[1])
@@ -109,7 +109,7 @@ class Codes:
         part.codes = faiss.MaybeOwnedVectorUInt8.create_view(address, rows.size, self.index.codes.owner)
         part.ntotal = len(rows)
         scores, found = part.search(code[None].astype(np.float32), min(take, len(rows)))
-        return scores[0], numbers[found[0]]
+        return scores[0], numbers[found[0]] if isinstance(numbers, np.ndarray) else numbers + found[0]
 
 
 @cache
@@ -176,16 +176,16 @@ def build_codes(folder: Path, vectors: np.ndarray, queries: np.ndarray, seed: in
 
 
 def _measured(codes: Codes, vectors: np.ndarray, queries: np.ndarray) -> dict[str, int | float]:
-    """The least power of two of cells that has the wanted recall, and that recall."""
+    """The least number of cells (in steps by a half) that has the wanted recall, and that recall."""
 
     def ten_best(query: np.ndarray, probes: int) -> set[int]:
-        near = codes.near(query, 200, probes=probes)[0]
+        near = codes.near(query, 110 if probes else 500, probes=probes)[0]
         return set(near[np.argsort(-(vectors[near].astype(np.float32) @ query), kind="stable")[:10]])
 
     exact = [ten_best(query, 0) for query in queries]
     probes, recall = 1, 0.0
     while recall < RECALL and probes < len(codes.centroids):
-        probes *= 2
+        probes = min(probes + (probes + 1) // 2, len(codes.centroids))
         recall = float(np.mean([len(best & ten_best(q, probes)) / len(best) for q, best in zip(queries, exact)]))
     return {"probes": probes, "recall": recall}
 

@@ -299,6 +299,32 @@ def test_a_killed_build_leaves_a_gallery_that_opens_and_goes_on(tmp_path, crops,
     assert len(assert_consistent(tmp_path / "g", system)) == 30
 
 
+_KILLED_WRITING = """
+import os, signal, sqlite3, sys
+table = sqlite3.connect(sys.argv[1])
+table.execute("PRAGMA cache_size = 1")
+table.execute("BEGIN")
+table.execute("UPDATE pictures SET size = -7, path = path || hex(zeroblob(5000))")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "creating"])
+def test_a_table_killed_while_it_is_written_opens_as_it_was(tmp_path, crops, system, moment):
+    build(tmp_path / "g", crops, system)
+    before = open_gallery(tmp_path / "g").rows()
+    table = tmp_path / "g" / "gallery.sqlite"
+    if moment == "writing":
+        subprocess.run([sys.executable, "-c", _KILLED_WRITING, str(table)])
+        assert (tmp_path / "g" / "gallery.sqlite-journal").stat().st_size
+        pd.testing.assert_frame_equal(open_gallery(tmp_path / "g").rows(), before)
+    else:
+        table.write_bytes(b"")
+        assert len(open_gallery(tmp_path / "g")) == 0
+        build(tmp_path / "g", crops, system)
+        assert len(open_gallery(tmp_path / "g")) == 30
+
+
 def test_half_a_vector_at_the_end_is_overwritten(tmp_path, crops, system):
     build(tmp_path / "g", crops, system)
     with open(tmp_path / "g" / "vectors", "ab") as file:
