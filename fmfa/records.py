@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from fmfa.errors import ConfigError, TrainingError
-from fmfa.files import flush, read_json, said_plainly, whole_file, write_json
+from fmfa.files import PROJECT, flush, read_json, said_plainly, whole_file, write_json
 
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
@@ -171,13 +171,13 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def git_state(folder: str | Path | None = None) -> dict[str, str | bool | None]:
+def git_state(folder: str | Path = PROJECT) -> dict[str, str | bool | None]:
     """Commit and dirty flag of the checkout that `folder` (the project's by default) is the root of.
 
     Both are None outside a checkout, without git, or (commit) before the first commit. A notebook counts by the code in
     it: Jupyter rewrites the rest of a file that is only looked at.
     """
-    root = Path(folder) if folder else Path(__file__).resolve().parent.parent
+    root = Path(folder)
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top.rstrip("\n")).resolve() != root.resolve():
         return {"commit": None, "dirty": None}

@@ -169,18 +169,8 @@ def resize_positions(positions: Tensor, grid: Grid, *, source_grid: Grid | None 
 
     Returns:
         [1 + rows * columns, D] in the dtype of `positions`.
-
-    Raises:
-        ConfigError: the number of positions is not that of the source grid.
     """
-    count = len(positions) - 1
-    if source_grid is None:
-        source_grid = (math.isqrt(count), math.isqrt(count))
-    if math.prod(source_grid) != count:
-        raise ConfigError(
-            f"{count} patch positions are no {source_grid[0]} x {source_grid[1]} grid; "
-            "give the grid (rows, columns) that these weights were trained with"
-        )
-    patches = positions[1:].float().T.reshape(1, -1, *source_grid)
+    side = math.isqrt(len(positions) - 1)
+    patches = positions[1:].float().T.reshape(1, -1, *(source_grid or (side, side)))
     patches = F.interpolate(patches, size=tuple(grid), mode="bilinear", antialias=False, align_corners=False)
     return torch.cat([positions[:1], patches[0].flatten(1).T.to(positions.dtype)])

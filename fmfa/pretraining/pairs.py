@@ -38,7 +38,7 @@ class WebStream(Dataset):
 class PretrainingPairs(Dataset):
     """The pairs that pre-training sees, in order; one sample a position.
 
-    Position p is pair p of the source, or, shuffled, pair p % len of the order of pass p // len. Everything
+    Position p is pair p of the source, or, at random, pair p % len of the order of pass p // len. Everything
     random about a sample derives from (seed, position), so that training resumes anywhere.
     """
 
@@ -51,8 +51,7 @@ class PretrainingPairs(Dataset):
         seed: int,
         first: int,
         count: int,
-        shuffle: bool = False,
-        flip: bool = False,
+        random: bool = False,
     ) -> None:
         """Positions `first` to `first + count`.
 
@@ -63,11 +62,10 @@ class PretrainingPairs(Dataset):
             seed: of order, augmentation and words.
             first: first position.
             count: number of positions.
-            shuffle: a new order of the source at each pass.
-            flip: mirror half of the pictures.
+            random: a new order of the source at each pass, and half of the pictures mirrored.
         """
         self.source, self.captions, self.finish = source, captions, finish
-        self.seed, self.first, self.count, self.shuffle, self.flip = seed, first, count, shuffle, flip
+        self.seed, self.first, self.count, self.random = seed, first, count, random
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -87,7 +85,7 @@ class PretrainingPairs(Dataset):
         return {"images": self._augment(picture, pixel_seed), **words, "labels": torch.tensor(pair)}
 
     def _pair(self, position: int) -> int:
-        if not self.shuffle:
+        if not self.random:
             return position
         turn, place = divmod(position, len(self.source))
         if self._order is None or self._order[0] != turn:
@@ -98,7 +96,7 @@ class PretrainingPairs(Dataset):
         # torchvision's transforms draw from torch's default generator: lend it to this sample.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            if self.flip and torch.rand(()) < 0.5:
+            if self.random and torch.rand(()) < 0.5:
                 picture = horizontal_flip(picture)
             return self.finish(picture)
 
@@ -131,7 +129,7 @@ def pairs_to_see(
         size = method.augmented.size
         source, unseen = WebStream(seed, size, count), WebStream(seed + 1_000_000, size, HELD_OUT)
     finish, random = (method.augmented.finish, True) if pair_list else (method.plain, False)
-    training = partial(PretrainingPairs, source, method.captions, finish, seed=seed, shuffle=random, flip=random)
+    training = partial(PretrainingPairs, source, method.captions, finish, seed=seed, random=random)
     samples = PretrainingPairs(unseen, method.captions, method.plain, seed=seed, first=0, count=len(unseen))
     return training, collate_pairs([samples[i] for i in range(len(samples))])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, get_int_from_env, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from fmfa.data.annotations import Dataset, data_fingerprint
@@ -29,7 +29,6 @@ FREE = ("root", "cache", "device", "workers", "checkpoint_every", "keep_epochs",
 """Settings that may change when a run is resumed: they do not touch the weights it ends with."""
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 COMMANDS = (
     "torchrun --nproc-per-node N -m fmfa.train ...  or  accelerate launch --multi_gpu --num_processes N "
     "--num_machines 1 -m fmfa.train ...  (both work on GPUs, and on a CPU as well)"
@@ -138,13 +137,10 @@ def train(
         for row in report.table[report.table["severity"] == "warning"].itertuples():
             print(f"warning: {row.check}: {row.detail}")
     wanted = getattr(model, "objectives", None)
-    reads = {
-        "masked": bool(getattr(wanted, "needs_mask", False)),
-        "parts": bool(getattr(wanted, "needs_parts", False)),
-    }
+    masked, parts = bool(wanted and wanted.needs_mask), bool(wanted and wanted.needs_parts)
 
     def batches(rank: int, processes: int) -> TableBatches:
-        return TableBatches(config, dataset, tokenizer, **reads, rank=rank, processes=processes)
+        return TableBatches(config, dataset, tokenizer, masked=masked, parts=parts, rank=rank, processes=processes)
 
     return fit(config, model, batches, folder, validate=validate, data=data_fingerprint(dataset), texts=texts)
 
@@ -251,9 +247,6 @@ def build_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         # a model may have parameters without a part in the loss, such as CLIP's logit scale
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.distributed_type not in KINDS:
-        kinds = ", ".join(kind.value for kind in KINDS)
-        raise ConfigError(f"accelerate is set up for {accelerator.distributed_type.value}; expected one of {kinds}")
     if accelerator.num_processes != asked:
         found = ", ".join(f"{name}={os.environ[name]}" for name in (*SIZES, "LOCAL_RANK") if name in os.environ)
         raise ConfigError(

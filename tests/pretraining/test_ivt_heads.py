@@ -326,7 +326,7 @@ def test_each_pass_has_every_pair_once_in_another_order(pair_list):
     finish = ivt_training((32, 16)).finish
 
     def samples(first, count):
-        found = PretrainingPairs(pairs, captions, finish, seed=2, first=first, count=count, shuffle=True, flip=True)
+        found = PretrainingPairs(pairs, captions, finish, seed=2, first=first, count=count, random=True)
         return [found[i] for i in range(count)]
 
     passes = [[int(sample["labels"]) for sample in samples(start, 6)] for start in (0, 6)]
