@@ -84,13 +84,16 @@ def save_evaluation(
     write_record(scored, folder / f"{_QUERIES}-{name}.record")
 
 
-def study_records(folder: str | Path, split: str = "test", root: str | Path = "") -> Iterator[tuple[str, ScoreRecord]]:
+def study_records(
+    folder: str | Path, split: str = "test", root: str | Path = "", scale: str = ""
+) -> Iterator[tuple[str, ScoreRecord]]:
     """The name and record of every evaluated run of a folder of runs or exported results, on its own data set.
 
     Args:
         folder: as `read_results` takes it.
         split: of the data sets.
-        root: of the data set, if it is not where it was when the runs were trained.
+        root: of the data set that they were evaluated on, if it is not where it was when they were trained.
+        scale: of SimPEDES without a root, if they were evaluated on another scale than they were trained on.
 
     Raises:
         ConfigError: no evaluated run, or one that was evaluated on other queries than the data set has now.
@@ -106,16 +109,17 @@ def study_records(folder: str | Path, split: str = "test", root: str | Path = ""
         if part.empty:
             continue
         config = run.config
-        key = run.trained_on, config.get("scale") or "small", config.get("data_seed", 0)
+        place = root or ("" if scale else config.get("root", ""))
+        key = run.trained_on, place, scale or config.get("scale") or "small", config.get("data_seed", 0)
         if key not in rows:
             drop = bool(config.get("drop_empty_captions"))
-            place = root or config.get("root", "")
-            data = open_dataset(key[0], place, scale=key[1], seed=key[2], drop_empty_captions=drop)
+            data = open_dataset(*key[:2], scale=key[2], seed=key[3], drop_empty_captions=drop)
             rows[key] = data.split(split)
         counts = rows[key].groupby("identity").size()
         if dict(zip(part["identity"], part["queries"])) != counts.to_dict():
             raise ConfigError(
-                f"{folder}: {run.run} was evaluated on other queries than {run.trained_on} {split} has now"
+                f"{folder}: {run.run} was evaluated on other queries than {run.trained_on} {split} has here; give the "
+                "scale or the root of the data set that it was evaluated on"
             )
         sums = {metric: part[metric].tolist() for metric in METRICS}
         queries = Identities(part["identity"].tolist(), part["queries"].astype(int).tolist(), sums)

@@ -108,7 +108,9 @@ def test_runs_and_exported_results_become_the_records_of_their_evaluations(domai
     other = tmp_path / "other"
     generate(other, recipe("tiny", train=2, val=2, test=7), workers=1, progress=False)
     assert score([str(tmp_path / "kept"), "--root", str(other), "--to", str(tmp_path)]) == 2
-    assert "was evaluated on other queries than SimPEDES-street test has now" in capsys.readouterr().err
+    assert (
+        "was evaluated on other queries than SimPEDES-street test has here; give the scale" in capsys.readouterr().err
+    )
 
 
 def test_a_split_of_one_person_has_levels_without_intervals(domains, tmp_path):
