@@ -128,7 +128,7 @@ def score_system(system: System, data: Dataset, split: str) -> tuple[Evaluation,
     pictures = [resolve_image(data.images, evaluation.gallery["image"][0])]
     captions = evaluation.rows["caption"].tolist()[:64]
     operations = encoding_operations(system.model, system.tokenizer, system.transform, pictures, captions)
-    return evaluation, Cost(evaluation.image_features.shape[1], 0, 1, *operations)
+    return evaluation, Cost(evaluation.image_features.shape[1], 0, 1, *(count or None for count in operations))
 
 
 def eval_results(record: ScoreRecord, values: pd.DataFrame, benchmark: str, task: str = "default") -> str:
@@ -185,11 +185,9 @@ def _evaluated(
         evaluation, cost = score_system(system, data, options.split)
     if options.scores:
         scores = read_scores(options.scores, rows, gallery)
-        depth = int(scores["query"].value_counts().max()) if len(scores) else 0
-        evaluation, cost = (
-            replace(evaluation, reranked=scores),
-            replace(cost, rerank_depth=depth, model_calls=1 + depth),
-        )
+        depth = int(scores["query"].value_counts().max())
+        evaluation = replace(evaluation, reranked=scores)
+        cost = replace(cost, rerank_depth=depth, model_calls=1 + depth)
     return evaluation, replace(cost, model_calls=options.model_calls or cost.model_calls)
 
 
@@ -254,7 +252,8 @@ def _score(options: argparse.Namespace) -> None:
         raise ConfigError("--eval-results needs --hub ORGANISATION/NAME[:TASK], the benchmark that the result is for")
     data, rows, gallery = _opened(options)
     evaluation, cost = _evaluated(options, data, rows, gallery)
-    stem = re.sub(r"\.\w+$", "", folder.name).replace(":", ".") or "tiny_clip"
+    stem = folder.name if folder.is_dir() else folder.stem if folder.exists() else options.system
+    stem = re.sub("[/:]", "-", stem) or "tiny_clip"
     is_run = (folder / RECORD).is_file()
     name = options.name or (row_of(stem) if is_run else stem)
     seed = options.seed if options.seed is not None else read_record(folder).get("seed", 0) if is_run else 0

@@ -125,12 +125,13 @@ def test_reranked_scores_change_ranks_and_cost(place, capsys):
 def test_a_callable_is_a_system(place, capsys):
     (place / "my_system_of_a_test.py").write_text(CALLABLE)
     assert score("my_system_of_a_test:load", "--checkpoint", "2", "--device", "cpu") == 0
-    record = read_record("my_system_of_a_test.load.record")
+    record = read_record("my_system_of_a_test-load.record")
     rows = read_dataset("data").split("test")
     system = call_system("my_system_of_a_test:load", "3")
     metrics = system.evaluate(read_dataset("data"), "test", progress=False).metrics[TEXT_TO_IMAGE]
     assert sorted(record.queries.first_rank) == sorted(metrics.first_rank)
     assert record.split.captions == len(rows)
+    assert record.cost.caption_operations is None  # it multiplies no matrices that could be counted
     for name, message in (
         ("fewer", "gave no system (ValueError"),
         ("none", "gave no system (AttributeError"),

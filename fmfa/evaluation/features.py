@@ -40,7 +40,9 @@ def is_features(path: str | Path) -> bool:
 
 
 def caption_ids(rows: pd.DataFrame) -> pd.Series:
-    """The id of every caption of a split: the path of its picture, `#`, and its number among that picture's."""
+    """The id of every caption of a split: the path of its picture, `#`, and its number there, or the column `id`."""
+    if "id" in rows:
+        return rows["id"]
     return rows["image"] + "#" + rows.groupby("image").cumcount().astype(str)
 
 
@@ -51,7 +53,7 @@ def read_features(
 
     Args:
         path: of the file or folder; see the module.
-        rows: the split, one row per caption; a column `id` replaces `caption_ids`.
+        rows: the split, one row per caption; see `caption_ids`.
         gallery: its different pictures, as `gallery_of` gives them.
         weights: of the branches by name, positive; None weights them equally.
 
@@ -67,7 +69,7 @@ def read_features(
     for name, weight in weights.items():
         if not 0 < weight < np.inf:
             raise ConfigError(f"the weight of branch {name!r} is {weight}; expected a number above 0")
-    known_ids = {"query": rows["id"] if "id" in rows else caption_ids(rows), "gallery": gallery["image"]}
+    known_ids = {"query": caption_ids(rows), "gallery": gallery["image"]}
     parts: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
     for side in SIDES:
         if f"{side}_ids" not in arrays:
@@ -104,7 +106,7 @@ def read_scores(path: str | Path, rows: pd.DataFrame, gallery: pd.DataFrame) -> 
         row = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ConfigError(f"{path}, row {row + 1}: found the score {table['score'].iloc[row]!r}, expected a number")
     places = {}
-    for name, known in (("query", rows["id"] if "id" in rows else caption_ids(rows)), ("item", gallery["image"])):
+    for name, known in (("query", caption_ids(rows)), ("item", gallery["image"])):
         places[name] = pd.Index(known).get_indexer(table[name])
         _refuse_unknown(f"{path}, {name}", table[name].to_numpy(object), places[name], known)
     found = pd.DataFrame(places | {"score": scores})
@@ -133,7 +135,7 @@ def write_trec(evaluation: Evaluation, prefix: str | Path, tag: str, depth: int 
         depth: pictures per query, 0 for all.
     """
     rows = evaluation.rows
-    ids = [quote(name, safe="/#") for name in (rows["id"] if "id" in rows else caption_ids(rows))]
+    ids = [quote(name, safe="/#") for name in caption_ids(rows)]
     items = np.array([quote(name, safe="/#") for name in evaluation.gallery["image"]], object)
     people = evaluation.gallery["identity"].to_numpy()
     with whole_file(f"{prefix}.run") as run, run.open("w", encoding="utf-8") as file:
