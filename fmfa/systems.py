@@ -225,16 +225,17 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
 
 
 def open_training_data(config: TrainConfig) -> Dataset:
-    """Open the data set of a resolved configuration, with the true phrases where its text levels need them."""
-    spans = config.text_levels == "spans"
-    return open_dataset(
+    """Open the data set of a resolved configuration; AnnotationError if its text levels need a truth that it lacks."""
+    dataset = open_dataset(
         config.dataset,
         config.root,
         scale=config.scale,
         seed=config.data_seed,
         drop_empty_captions=config.drop_empty_captions,
-        spans=spans,
     )
+    if config.text_levels == "spans":
+        dataset.require_truth()
+    return dataset
 
 
 def open_test_data(

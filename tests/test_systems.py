@@ -12,7 +12,7 @@ from formats import write_cuhk, write_icfg
 from torchvision.transforms import InterpolationMode
 from toy_ivt import NARROW, UNUSED, bert_state, released_state, vit_state
 
-from fmfa.data.datasets import open_dataset, with_phrase_spans
+from fmfa.data.datasets import open_dataset
 from fmfa.data.images import CLIP_MEAN
 from fmfa.errors import AnnotationError, CheckpointError, ConfigError, TrainingError
 from fmfa.files import write_json
@@ -38,7 +38,7 @@ from fmfa.systems import (
     run_training,
 )
 from fmfa.text.wordpiece import wordpiece_tokenizer
-from fmfa.training.batches import TableBatches, describe_levels
+from fmfa.training.batches import TableBatches, describe_levels, training_table
 from fmfa.training.checkpoints import WEIGHTS, epoch_checkpoints, selected_checkpoint
 from fmfa.training.config import TrainConfig
 
@@ -264,7 +264,7 @@ def test_levels_reach_the_batches(root, backbone):
         tokenizer = build_system(config, data).tokenizer
         found = next(iter(TableBatches(config, data, tokenizer, masked=False).read(0, 0)))
         texts = [" ".join(tokenizer.decode(ids[ids > 0])[1:]) for ids in found["caption_ids"]]
-        return data.split("train"), found, texts
+        return training_table(config, data), found, texts
 
     _, one, _ = batch(text_levels="off")
     assert len(one["images"]) == 32
@@ -280,37 +280,36 @@ def test_levels_reach_the_batches(root, backbone):
         assert all(any(word in phrase for phrase in phrases) for word in texts[position].split(" , "))
 
 
-def test_spans_are_the_truth_of_the_training_captions(root):
-    data = open_dataset("SimPEDES-street", root, spans=True)
+def test_spans_are_the_truth_of_the_training_captions(root, backbone):
+    data = open_dataset("SimPEDES-street", root)
+    config = ivt(root, backbone, text_levels="spans").resolved()
     truth = {
         (record["file_path"], caption["text"]): [phrase["text"] for phrase in caption["phrases"]]
         for record in Truth(root).records("train")
         for caption in record["captions"]
     }
-    for row in data.split("train").to_dict("records"):
+    for row in training_table(config, data).to_dict("records"):
         assert [row["caption"][a:b] for a, b in row["spans"]] == truth[row["image"], row["caption"]]
-    assert data.split("test")["spans"].isna().all()
-    assert "spans" not in open_dataset("SimPEDES-street", root).table
+    assert "spans" not in training_table(ivt(root, backbone).resolved(), data)
 
 
 def test_spans_need_the_truth(root, backbone):
     data = open_dataset("SimPEDES-street", root)
+    config = ivt(root, backbone, text_levels="spans").resolved()
     with pytest.raises(AnnotationError, match=r"no ground truth, only SimPEDES has it.*text_levels 'spans'"):
-        with_phrase_spans(replace(data, truth=None))
+        training_table(config, replace(data, truth=None))
     changed = data.table.assign(caption=data.table["caption"].where(data.table.index != 3, "Somebody."))
     with pytest.raises(AnnotationError, match=r"truth of train lacks the caption 'Somebody\.'"):
-        with_phrase_spans(replace(data, table=changed))
-    config = ivt(root, backbone, text_levels="spans").resolved()
-    with pytest.raises(ConfigError, match=r"needs the column 'spans'.*take 'released'"):
-        TableBatches(config, data, wordpiece_tokenizer(TINY_VOCABULARY), masked=False)
+        TableBatches(config, replace(data, table=changed), wordpiece_tokenizer(TINY_VOCABULARY), masked=False)
 
 
 def test_fallbacks_to_the_whole_caption_are_told(root, backbone):
     data = open_dataset("SimPEDES-street", root)
     table = data.split("train").iloc[:3].assign(caption=["a bag.", "Blue.", "A red coat, blue jeans."])
-    assert "for 4 of 6 word- and" in describe_levels(ivt(root, backbone).resolved(), table)
+    data = replace(data, table=table)
+    assert "for 4 of 6 word- and" in describe_levels(ivt(root, backbone).resolved(), data)
     off = ivt(root, backbone, text_levels="off").resolved()
-    assert describe_levels(off, table) == "text levels: the whole caption alone"
+    assert describe_levels(off, data) == "text levels: the whole caption alone"
 
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"piece{n}" for n in range(34)), "coat"]

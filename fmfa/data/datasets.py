@@ -1,9 +1,6 @@
 """Open a data set by name: SimPEDES, made on first use, or a copy of a real one."""
 
-from dataclasses import replace
 from pathlib import Path
-
-import pandas as pd
 
 from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name, find_annotation, read_dataset
 from fmfa.errors import ConfigError
@@ -39,7 +36,6 @@ def open_dataset(
     scale: str = "small",
     seed: int = 0,
     drop_empty_captions: bool = False,
-    spans: bool = False,
 ) -> Dataset:
     """Open a data set.
 
@@ -51,12 +47,10 @@ def open_dataset(
         scale: of SimPEDES without a root: tiny, small, standard or large.
         seed: of SimPEDES without a root, and of the identities held out where a set has no validation split.
         drop_empty_captions: leave captions without a word out, and pictures that have no other.
-        spans: join the true phrases of the training captions as column `spans`; see `with_phrase_spans`.
 
     Raises:
         ConfigError: a real or own data set without `root`, or an unknown SimPEDES domain or scale.
-        AnnotationError: the files cannot be read as a data set, or are of another one than `name`; or `spans` of other
-            data than SimPEDES.
+        AnnotationError: the files cannot be read as a data set, or are of another one than `name`.
     """
     name = which_dataset(name, root)
     if not root and name.startswith(SIMPEDES):
@@ -67,21 +61,4 @@ def open_dataset(
             f"data set {name!r} needs `root`, the folder that holds its annotation file and `imgs/`; "
             f"only {SIMPEDES} is made by the project itself"
         )
-    dataset = read_dataset(root, name, seed=seed, drop_empty_captions=drop_empty_captions)
-    return with_phrase_spans(dataset) if spans else dataset
-
-
-def with_phrase_spans(dataset: Dataset) -> Dataset:
-    """The data set with the column `spans`: character spans [start, end) of every phrase of a training caption.
-
-    The column is None for other captions.
-
-    Raises:
-        AnnotationError: another data set, or a caption that the truth does not have.
-    """
-    table = dataset.table
-    train = table["split"] == "train"
-    captions = dataset.require_truth().of_captions("train", table[train])
-    spans = pd.Series(None, table.index, object)
-    spans[train] = [[(phrase["start"], phrase["end"]) for phrase in phrases] for phrases in captions]
-    return replace(dataset, table=table.assign(spans=spans))
+    return read_dataset(root, name, seed=seed, drop_empty_captions=drop_empty_captions)

@@ -12,7 +12,6 @@ from fmfa.data.images import ImageTransform, fmfa_evaluation, fmfa_training, ivt
 from fmfa.data.pairs import PairDataset, make_loader, shuffle_pairs, start_epoch
 from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
-from fmfa.errors import ConfigError
 from fmfa.text.bytepair import Tokenizer
 from fmfa.text.levels import LEVEL_FORMS, LevelReader
 from fmfa.training.config import TrainConfig
@@ -43,20 +42,11 @@ class TableBatches:
             rank, processes: which part of every batch is read.
 
         Raises:
-            AnnotationError: no split "train".
-            ConfigError: a batch size that does not fit the data or the number of processes, or text levels from
-                true phrases without the column `spans`.
+            AnnotationError: no split "train", or true phrases or parts are asked of data without truth.
+            ConfigError: a batch size that does not fit the data or the number of processes.
             ImageError: a picture cannot be read.
         """
-        self.table = dataset.split("train")
-        if config.pairs == "shuffled":
-            self.table = shuffle_pairs(self.table, config.seed)
-        levels = level_reader(config)
-        if levels and config.text_levels == "spans" and levels.spans not in self.table:
-            raise ConfigError(
-                f"text_levels 'spans' needs the column {levels.spans!r} with the true phrases, which "
-                f"{dataset.name} lacks: open SimPEDES with open_dataset(..., spans=True), or take 'released'"
-            )
+        self.table = training_table(config, dataset)
         self.batches = _sampler(config, self.table["label"].to_numpy(), rank, processes)
         self.pairs = PairDataset(
             self.table,
@@ -66,7 +56,7 @@ class TableBatches:
             seed=config.seed,
             flip="off" if config.augmentation == "none" else config.flip,
             mask_probability=config.mask_rate if masked else 0.0,
-            levels=levels,
+            levels=level_reader(config),
             parts=PartMaps(self.table, dataset.require_truth(), tokenizer) if parts else None,
             cache=config.cache,
         )
@@ -88,6 +78,19 @@ class TableBatches:
         return [f"{image} ({caption!r})" for image, caption in zip(picked["image"], picked["caption"])]
 
 
+def training_table(config: TrainConfig, dataset: Dataset) -> pd.DataFrame:
+    """The training captions as a configuration reads them: with their true phrases as `spans`, or shuffled.
+
+    Raises:
+        AnnotationError: no split "train", or `spans` of data without truth.
+    """
+    table = dataset.split("train")
+    if config.text_levels == "spans":
+        captions = dataset.require_truth().of_captions("train", table)
+        table = table.assign(spans=[[(p["start"], p["end"]) for p in phrases] for phrases in captions])
+    return shuffle_pairs(table, config.seed) if config.pairs == "shuffled" else table
+
+
 def training_transform(config: TrainConfig) -> ImageTransform:
     """The training pictures' transform: the system's own augmentation, or only resizing and normalising."""
     size = (config.image_height, config.image_width)
@@ -107,11 +110,12 @@ def level_reader(config: TrainConfig) -> LevelReader | None:
     return LevelReader("true_spans" if config.text_levels == "spans" else LEVEL_FORMS.get(config.dataset, "clauses"))
 
 
-def describe_levels(config: TrainConfig, table: pd.DataFrame) -> str:
-    """A sentence: the text levels of a resolved configuration, and how many of a table's are the whole caption."""
+def describe_levels(config: TrainConfig, dataset: Dataset) -> str:
+    """A sentence: the text levels of a resolved configuration, and how many training texts are the whole caption."""
     reader = level_reader(config)
     if reader is None:
         return "text levels: the whole caption alone"
+    table = training_table(config, dataset)
     whole = reader.fallbacks(table, np.random.default_rng(config.seed))
     return (
         f"text levels ({config.text_levels}): word, phrase and sentence; without a piece the whole caption is used "
