@@ -80,7 +80,9 @@ def test_only_a_training_on_a_gpu_is_held_to_deterministic_algorithms(monkeypatc
     for device, expected in (("cuda", True), ("cpu", False)):
         with repeatable(torch.device(device)):
             assert torch.are_deterministic_algorithms_enabled() is expected
+            assert torch.utils.deterministic.fill_uninitialized_memory is not expected
         assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @NEEDS_GPU

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +38,7 @@ from fmfa.training.optimizer import build_optimizer, set_learning_rate
 
 SELECTION = "R@1"
 NAMED = 8  # records described in an error message
+READ_EVERY = 16  # steps between looks at losses and statistics on a GPU, which must wait for it
 SMALLEST_SCALE = 1e-4  # of fp16's loss; a gradient that overflows even there is no matter of the scale
 
 
@@ -51,6 +53,16 @@ class Batches(Protocol):
 
     def describe(self, rows: Tensor) -> list[str]:
         """The pictures and captions of the batch field `rows`, for an error message."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's batches as they were read, what was found on each, and the gradient's norm, both on the device."""
+
+    number: int
+    group: tuple[dict[str, Tensor], ...]
+    found: list[tuple[list[str], Tensor]]
+    norm: Tensor
 
 
 class TrainingLoop:
@@ -85,6 +97,7 @@ class TrainingLoop:
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
         if last is not None:
             read_optimizer(last, self.optimizer, accelerator.scaler)
+        self.unread: list[_Step] = []
         self._agree()  # also a barrier: nothing may be deleted before every rank has read it
         self.metrics = None
         if accelerator.is_main_process:
@@ -138,15 +151,16 @@ class TrainingLoop:
             read = self.batches.read(epoch, progress.batch) if progress.batch < count else ()
             for group in _groups(read, config.accumulate):
                 begun = time.perf_counter()
-                values = self._step(group)
-                values |= {"seconds": time.perf_counter() - begun, "steps": 1.0}
-                for name, value in values.items():
-                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+                self._step(group)
                 progress.step += 1
                 progress.batch += len(group)
-                bar.update(len(group))
                 every = config.checkpoint_every
-                if every and progress.step % every == 0 and progress.batch < count:
+                due = bool(every) and progress.step % every == 0 and progress.batch < count
+                if due or progress.batch >= count:
+                    self._read()
+                self._add({"seconds": time.perf_counter() - begun})
+                bar.update(len(group))
+                if due:
                     self._checkpoint()
         self._end_epoch()
 
@@ -175,7 +189,7 @@ class TrainingLoop:
             progress.best, progress.best_epoch = found[SELECTION], progress.epoch
             self._write("best")
 
-    def _step(self, group: tuple[dict[str, Tensor], ...]) -> dict[str, float]:
+    def _step(self, group: tuple[dict[str, Tensor], ...]) -> None:
         config, accelerator, step = self.config, self.accelerator, self.progress.step
         seeds = np.random.SeedSequence((config.seed, step))
         if reseed := getattr(self.model, "reseed", None):
@@ -183,54 +197,74 @@ class TrainingLoop:
         ranks = np.random.SeedSequence((config.seed, step, 1 + accelerator.process_index))
         torch.manual_seed(int(ranks.generate_state(1)[0]))
         every = config.log_gradients_every
-        sums: dict[str, float] = {}
+        found: list[tuple[list[str], Tensor]] = []
         self.optimizer.zero_grad()
         for number, batch in enumerate(group, start=1):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             with nullcontext() if number == len(group) else accelerator.no_sync(self.prepared):
                 output: ModelOutput = self.prepared(batch)
-                values = self._values(output, batch)
+                found.append(self._values(output))
                 if every and step % every == 0 and number == 1:
                     self._log("gradient", self.progress.epoch, gradient_norms(output))
                 accelerator.backward(sum(output.losses.values()) / len(group))
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value / len(group)
-        sums["gradient_norm"] = self._clip(sums, group)
+        self.unread.append(_Step(step, group, found, self._clip()))
+        if len(self.unread) >= _steps_unread(accelerator):
+            self._read()
         self.optimizer.step()
         if accelerator.scaler is not None:
-            sums["skipped_steps"] = float(self.optimizer.step_was_skipped)
-        return sums
+            self._add({"skipped_steps": float(self.optimizer.step_was_skipped)})
 
-    def _values(self, output: ModelOutput, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Losses and stats as numbers, averaged over ranks, so that all ranks see what one rank's NaN is."""
+    def _values(self, output: ModelOutput) -> tuple[list[str], Tensor]:
+        """Names and values of losses and stats, the mean over ranks, so that all see the NaN of one; on the device."""
         parts: dict[str, float | Tensor] = {f"loss/{name}": value for name, value in output.losses.items()}
         parts |= {"loss/total": sum(output.losses.values()), **output.stats}
         device = self.accelerator.device
         numbers = [torch.as_tensor(value, device=device).detach().double() for value in parts.values()]
-        values = (total(torch.stack(numbers)) / world_size()).tolist()
-        named = dict(zip(parts, values, strict=True))
-        broken = [name for name, value in named.items() if not math.isfinite(value)]
-        if broken:
-            what = "the loss" if "loss/total" in broken else f"the statistic {broken[0]}"
-            losses = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
-            self._stop(f"{what} is not finite ({losses})", [batch])
-        return named
+        return list(parts), total(torch.stack(numbers)) / world_size()
 
-    def _clip(self, sums: Mapping[str, float], group: Iterable[Mapping[str, Tensor]]) -> float:
+    def _clip(self) -> Tensor:
+        """The norm of the gradient, which is clipped if configured."""
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value = float(norm)
-        if not math.isfinite(value):
-            scaler = self.accelerator.scaler
-            if scaler is not None and scaler.get_scale() >= SMALLEST_SCALE:
-                return 0.0  # the scaler leaves this step out and lowers its scale
-            self._stop(f"the gradient is not finite (norm {value}; loss {sums['loss/total']})", group)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        return value
+        return norm
 
-    def _stop(self, what: str, group: Iterable[Mapping[str, Tensor]]) -> None:
+    def _read(self) -> None:
+        """Add what the steps since the last call found to the epoch's sums; only here a GPU is waited for.
+
+        Raises:
+            TrainingError: a loss, a statistic or a gradient is not finite; the first step with one is named.
+        """
+        steps, self.unread = self.unread, []
+        every = [value for step in steps for value in (*(values for _, values in step.found), step.norm.double()[None])]
+        numbers = iter(torch.cat(every).tolist() if every else ())
+        for step in steps:
+            sums: dict[str, float] = {}
+            for batch, (names, _) in zip(step.group, step.found, strict=True):
+                named = {name: next(numbers) for name in names}
+                broken = [name for name, value in named.items() if not math.isfinite(value)]
+                if broken:
+                    what = "the loss" if "loss/total" in broken else f"the statistic {broken[0]}"
+                    losses = ", ".join(f"{k.removeprefix('loss/')} {named[k]}" for k in named if k.startswith("loss/"))
+                    self._stop(f"{what} is not finite ({losses})", step.number, [batch])
+                for name, value in named.items():
+                    sums[name] = sums.get(name, 0.0) + value / len(step.group)
+            norm, scaler = next(numbers), self.accelerator.scaler
+            if not math.isfinite(norm):
+                if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+                    what = f"the gradient is not finite (norm {norm}; loss {sums['loss/total']})"
+                    self._stop(what, step.number, step.group)
+                norm = 0.0  # the scaler leaves this step out and lowers its scale
+            self._add({**sums, "gradient_norm": norm, "steps": 1.0})
+
+    def _add(self, values: Mapping[str, float]) -> None:
+        sums = self.progress.sums
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+    def _stop(self, what: str, step: int, group: Iterable[Mapping[str, Tensor]]) -> None:
         rows = torch.cat([batch["rows"].cpu() for batch in group]) if all("rows" in b for b in group) else None
         records = "unknown (the batch has no field rows)"
         if rows is not None:
@@ -238,7 +272,7 @@ class TrainingLoop:
             more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
             records = f"rows {rows.tolist()}: " + "; ".join(named[:NAMED]) + more
         raise TrainingError(
-            f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}, at learning rate "
+            f"{what} in epoch {self.progress.epoch + 1}, step {step + 1}, at learning rate "
             f"{self._rate():g} in {self.config.precision}. Batch: {records}. Look at these records, lower the "
             "learning rate, or train in fp32; the last checkpoint holds the weights before"
         )
@@ -294,6 +328,11 @@ class TrainingLoop:
             if self.accelerator.scaler is not None:
                 kept["scaler"] = self.accelerator.scaler.state_dict()
         return write_checkpoint(self.folder, kind, self.model, self.progress, kept)
+
+
+def _steps_unread(accelerator: Accelerator) -> int:
+    """Steps between looks at what was found: 1 where nothing is waited for, or where the loss scale waits anyway."""
+    return 1 if accelerator.device.type == "cpu" or accelerator.scaler is not None else READ_EVERY
 
 
 def _groups(batches: Iterable, size: int) -> Iterator[tuple]:

@@ -63,12 +63,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     groups = parameter_groups(model, config)
     optimizer: torch.optim.Optimizer
+    fused = (
+        config.precision != "fp16"
+    )  # a fused one leaves overflowing steps out by itself, and nobody could count them
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     else:
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         betas = (config.beta1, config.beta2)
-        optimizer = kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+        optimizer = kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
     set_learning_rate(optimizer, config, 0)
     return optimizer
 

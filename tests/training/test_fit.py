@@ -601,6 +601,36 @@ def test_a_non_finite_loss_names_step_parts_and_records(tmp_path):
     assert "not finite" in read_record(tmp_path)["error"]
 
 
+@pytest.mark.parametrize("calls", [0, 9, 17])
+def test_what_is_read_every_few_steps_is_what_is_read_in_each(calls, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("fmfa.training.loop._steps_unread", lambda accelerator: 4)
+    folder = tmp_path / "toy"
+    with pytest.raises(Crash):
+        toy_fit(folder, CrashingModel(calls), log_gradients_every=4)
+    toy_fit(folder, log_gradients_every=4)
+    assert last_weights(folder) == last_weights(whole)
+    assert metric_rows(folder) == metric_rows(whole)
+
+
+def test_a_non_finite_loss_that_is_read_later_names_its_own_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmfa.training.loop._steps_unread", lambda accelerator: 4)
+
+    class Broken(ToyModel):
+        def forward(self, batch):
+            output = super().forward(batch)
+            if self.calls == 3:
+                output.losses["id"] = output.losses["id"] * float("nan")
+            return output
+
+    model = Broken()
+    with pytest.raises(TrainingError, match=r"not finite .*match \d.*id nan.*epoch 1, step 3") as caught:
+        toy_fit(tmp_path, model, checkpoint_every=0)
+    assert model.calls == 4
+    third = next(iter(ToyBatches(4).read(0, 2)))["rows"]
+    assert f"picture-{third[0]}.jpg" in str(caught.value)
+    assert find_checkpoint(tmp_path, "last") is None
+
+
 def test_a_non_finite_gradient_stops_before_it_reaches_the_weights(tmp_path):
     class Broken(ToyModel):
         def forward(self, batch):
