@@ -33,6 +33,7 @@ from fmfa.data.datasets import open_dataset
 from fmfa.errors import ConfigError, FmfaError
 from fmfa.evaluation.evaluate import encode_captions, encode_images, pictures_below
 from fmfa.files import flush, held_folder, read_json, said_plainly, write_json
+from fmfa.milvus import MilvusVectors, open_milvus, send_vectors
 from fmfa.nearest import Codes, build_codes, open_codes
 from fmfa.progress import progress_bar
 from fmfa.systems import System, load_system
@@ -62,7 +63,7 @@ class Gallery:
     folder: Path
     record: dict[str, Any]
     vectors: np.ndarray
-    codes: Codes | None = None
+    codes: Codes | MilvusVectors | None = None
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -159,7 +160,7 @@ class Gallery:
 
     def _near(
         self,
-        codes: Codes,
+        codes: Codes | MilvusVectors,
         table: sqlite3.Connection,
         query: np.ndarray,
         k: int,
@@ -228,8 +229,10 @@ def open_gallery(folder: str | Path) -> Gallery:
         needed = table.execute("SELECT coalesce(max(vector), -1) + 1 FROM pictures").fetchone()[0]
     if held < needed:
         raise ConfigError(f"{path} holds {held:,} vectors and the table needs {needed:,}; build the gallery again")
-    codes = open_codes(folder)
-    if codes and (len(codes.vector) > held or codes.rows.shape[1] != size):
+    codes: Codes | MilvusVectors | None = None
+    if server := record.get("milvus"):
+        codes = open_milvus(server["uri"], server["collection"], server["vectors"])
+    elif (codes := open_codes(folder)) and (len(codes.vector) > held or codes.rows.shape[1] != size):
         raise ConfigError(f"{path} does not fit the codes beside it; build the gallery again")
     vectors = np.memmap(path, np.float16, "c", shape=(held, size)) if held else np.empty((0, size), np.float16)
     return Gallery(folder, record, vectors, codes)
@@ -300,6 +303,11 @@ def _code(folder: Path, system: System, progress: bool) -> None:
     """Code a gallery's vectors, if many have no code."""
     gallery = open_gallery(folder)
     coded = len(gallery.codes.vector) if gallery.codes else 0
+    if isinstance(gallery.codes, MilvusVectors):
+        send_vectors(gallery.codes, gallery.vectors)
+        server = gallery.record["milvus"] | {"vectors": len(gallery.vectors)}
+        write_json(gallery.folder / RECORD, gallery.record | {"milvus": server})
+        return
     if len(gallery.vectors) - coded <= max(CODED_ABOVE, coded // 20):
         return
     with progress_bar(1, "8-bit codes, for fast search", "index", shown=progress) as bar:
@@ -309,6 +317,21 @@ def _code(folder: Path, system: System, progress: bool) -> None:
         queries = F.normalize(encode_captions(system.model, sentences, system.tokenizer, progress=False), dim=1)
         build_codes(folder, gallery.vectors, queries.numpy())
         bar.update(1)
+
+
+def move_to_milvus(folder: str | Path, uri: str, collection: str) -> None:
+    """Let a server do the first pass of a gallery's searches, instead of codes on this machine.
+
+    Args:
+        folder: the gallery's, whose table and vectors stay.
+        uri: as http://host:19530, or a file of Milvus Lite.
+        collection: a name in the server; one that is there is replaced.
+    """
+    with held_folder(folder):
+        gallery = open_gallery(folder)
+        server = {"uri": uri, "collection": collection}
+        send_vectors(open_milvus(count=0, **server), gallery.vectors)
+        write_json(gallery.folder / RECORD, gallery.record | {"milvus": server | {"vectors": len(gallery.vectors)}})
 
 
 def remove_pictures(folder: str | Path, paths: Iterable[str]) -> int:
@@ -393,6 +416,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("remove", help="take pictures out")
     command.add_argument("gallery")
     command.add_argument("paths", nargs="+")
+    command = commands.add_parser("milvus", help="let a Milvus server search")
+    command.add_argument("gallery")
+    command.add_argument("uri", help="as http://host:19530, or a file of Milvus Lite")
+    command.add_argument("--collection", default="pictures", help="its name in the server; replaced")
     command = commands.add_parser("refresh", help="encode new and changed pictures, remove vanished ones")
     command.add_argument("gallery")
     command.add_argument("--weights", default="", help="where the system's weights are now, if they were moved")
@@ -424,11 +451,18 @@ def _refresh(options: argparse.Namespace) -> None:
     _tell(options.gallery, faults)
 
 
+def _milvus(options: argparse.Namespace) -> None:
+    uri = options.uri if "://" in options.uri else _absolute(options.uri)
+    move_to_milvus(options.gallery, uri, options.collection)
+    _tell(options.gallery, {})
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": _build,
     "add": _build,
     "remove": _remove,
     "refresh": _refresh,
+    "milvus": _milvus,
 }
 
 
@@ -437,7 +471,9 @@ def _tell(folder: str, faults: dict[str, str]) -> None:
         print(f"left out: {fault}", file=sys.stderr)
     left_out = f", {len(faults):,} left out" if faults else ""
     gallery = open_gallery(folder)
-    coded = f"; recall@10 of the approximate search {gallery.codes.recall:.1%}" if gallery.codes else ""
+    coded = (
+        f"; recall@10 of the approximate search {gallery.codes.recall:.1%}" if isinstance(gallery.codes, Codes) else ""
+    )
     print(f"{folder}: {len(gallery):,} pictures{left_out}{coded}")
 
 

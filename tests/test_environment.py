@@ -26,7 +26,7 @@ PROJECT = PYPROJECT["project"]
 NAME, EXTRA = PROJECT["name"], "test"
 DIRECT = [Requirement(line) for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][EXTRA]]]
 RUNTIME = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-OPTIONAL = {"pillow_heif"}  # the extra "heic"
+OPTIONAL = {"pillow_heif", "pymilvus"}  # the extras "heic" and "milvus"
 INSTALL = ["--constraint constraints.txt", f"--editable .[{EXTRA}]"]  # what pip is given, everywhere
 PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")  # no room for a +cpu
 PACKAGE_HOSTS = r"(?:pypi|pythonhosted|anaconda|download\.pytorch|pypi\.nvidia)\.(?:org|com|io|python\.org)\b"

@@ -130,6 +130,34 @@ def test_a_search_by_codes_finds_what_brute_force_finds(tmp_path, system, monkey
     assert [path.name for path in (tmp_path / "g").glob("*.faiss")] == ["codes-4700.faiss"]
 
 
+def test_milvus_without_its_package_is_one_sentence(tmp_path, crops, system, monkeypatch, capsys):
+    build(tmp_path / "g", crops, system)
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    assert main(["milvus", str(tmp_path / "g"), "http://localhost:1"]) == 2
+    assert "pip install pymilvus" in capsys.readouterr().err
+    assert open_gallery(tmp_path / "g").codes is None
+
+
+def test_milvus_finds_what_exact_search_finds(tmp_path, system):
+    pytest.importorskip("pymilvus", reason="pip install pymilvus milvus-lite")
+    pytest.importorskip("milvus_lite", reason="pip install pymilvus milvus-lite")
+    rng = np.random.default_rng(0)
+    size = system.model.encode_image(system.transform.finish(galleries._blank(system))).embedding.shape[1]
+    vectors = clustered(rng, 3000, size)
+    own = given_gallery(tmp_path, system, vectors)
+    assert main(["milvus", str(tmp_path / "g"), str(tmp_path / "lite.db")]) == 0
+    served = open_gallery(tmp_path / "g")
+    for where in ("", "camera == 'b'", "vector < 900"):
+        for query in torch.from_numpy(np.concatenate([vectors[:5], rng.normal(size=(5, size))])).float():
+            expected, found = own.search(query, 10, where), served.search(query, 10, where)
+            pd.testing.assert_frame_equal(found, expected)
+    remove_pictures(tmp_path / "g", [tmp_path / f"table{n}.png" for n in range(2000)])
+    changed = given_gallery(tmp_path, system, clustered(rng, 500, size), name="later")
+    assert len(changed.codes.vector) == 3500
+    query = torch.from_numpy(vectors[7]).float()
+    np.testing.assert_allclose(changed.search(query, 300)["cosine"], brute_force(changed, query, 300)[1], atol=2e-6)
+
+
 @pytest.mark.parametrize("size", [48, 512, 1024])
 @pytest.mark.parametrize("kind", ["clustered", "equal", "one large dimension"])
 def test_no_cosine_exceeds_the_bound_of_the_first_pass(tmp_path, size, kind):
