@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +20,8 @@ from fmfa.models.outputs import Encoded, ModelOutput, Retriever
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+FromJson = BeforeValidator(lambda size: tuple(size) if isinstance(size, list) else size)  # which has no tuples
+Size = Annotated[tuple[AtLeastOne, AtLeastOne], FromJson]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MASKED_LOGIT = -10000.0  # what padding keys get, as released; a softmax gives them exactly 0
 
@@ -36,7 +38,7 @@ class IvtConfig:
     depth: AtLeastOne = 12  # blocks
     heads: AtLeastOne = 12
     mlp_ratio: Positive = 4.0
-    image_size: tuple[AtLeastOne, AtLeastOne] = (384, 128)  # height, width in pixels
+    image_size: Size = (384, 128)  # height, width in pixels
     patch: AtLeastOne = 16
     stride: AtLeastOne = 12  # pixels; RSTPReid's released model has 16
     vocab_size: AtLeastOne = 30522
@@ -93,7 +95,7 @@ class IvtRetriever(Retriever):
     @classmethod
     def from_config(cls, config: Mapping) -> "IvtRetriever":
         """Build the model that `config` (the attribute of that name, as JSON keeps it) describes."""
-        return cls(IvtConfig(**{**config, "image_size": tuple(config["image_size"])}))
+        return cls(IvtConfig(**config))
 
     def reseed(self, seed: int) -> None:
         """Restart the generator of dropped positions, for example at every step of a resumable run."""

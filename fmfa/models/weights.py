@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -60,15 +60,14 @@ class LoadReport:
     resized: tuple[str, ...]
     left_out: tuple[str, ...]
     missing: tuple[str, ...]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    source: str = "weights"
-    layout: str = ""
+    reasons: Mapping[str, str]
+    source: str
+    layout: str
 
     def __str__(self) -> str:
         """Several lines: the counts, then every tensor that was not simply loaded."""
-        layout = f" ({self.layout} layout)" if self.layout else ""
         lines = [
-            f"{self.source}{layout}: {len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
+            f"{self.source} ({self.layout} layout): {len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
             f"{len(self.left_out)} left out, {len(self.missing)} missing"
         ]
         for what in ("loaded", "resized", "left_out", "missing"):

@@ -65,8 +65,7 @@ class Method:
 
 def ivt(settings: Mapping) -> Method:
     """An IVT with ITC, ITM and MLM, whose shared encoder alone is kept."""
-    sizes, seed = settings["config"], settings["seed"]
-    sizes = IvtConfig(**{**sizes, "image_size": tuple(sizes["image_size"])})
+    sizes, seed = IvtConfig(**settings["config"]), settings["seed"]
     vocabulary = settings["vocabulary"] or WORDPIECE
     tokenizer = wordpiece_tokenizer(vocabulary, min(CONTEXT, sizes.positions), sizes.vocab_size)
     model = IvtPretrainer(sizes, fusion_depth=settings["fusion_depth"], seed=seed)

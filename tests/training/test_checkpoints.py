@@ -531,9 +531,9 @@ def test_a_tag_is_fetched_through_open_clip(monkeypatch, tmp_path):
 
 
 def test_a_report_without_reasons_reads_well():
-    text = str(LoadReport(("a",), (), ("b",), ("c",)))
+    text = str(LoadReport(("a",), (), ("b",), ("c",), {}, "weights", "IVT"))
     assert text.splitlines() == [
-        "weights: 1 tensors loaded, 0 resized, 1 left out, 1 missing",
+        "weights (IVT layout): 1 tensors loaded, 0 resized, 1 left out, 1 missing",
         "  left out  b",
         "  missing   c: keeps its value",
     ]
