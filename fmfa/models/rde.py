@@ -47,7 +47,7 @@ class RdeRetriever(Retriever):
         tower = getattr(self.base.clip, "text", self.base.clip)
         block = tower.transformer.resblocks[-1]
         with _read(block) as inputs:
-            encoded = self.base.encode_text(ids)
+            encoded = self.base.encode_text(ids, positions=int(self.base.longest_caption(ids)))  # in one pass
         ids, end = ids[:, : encoded.tokens.shape[1]], self.base.end_positions(ids)
         at_end = _attention(block, inputs[0], end, causal=True) * (ids != 0)  # [B, L]
         at_end[:, 0] = -1
