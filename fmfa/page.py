@@ -26,7 +26,7 @@ from fmfa.data.images import load_image
 from fmfa.errors import ConfigError, FmfaError
 from fmfa.evaluation.evaluate import encode_sentence
 from fmfa.files import PROJECT
-from fmfa.gallery import Gallery, build_gallery, condition, open_gallery
+from fmfa.gallery import OWN_COLUMNS, Gallery, build_gallery, condition, open_gallery
 from fmfa.plots.alignment import plot_looked
 from fmfa.systems import System, load_system
 
@@ -162,9 +162,10 @@ class _Hits(_Handler):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
             hits = self.hits()
-        hits["name"] = [Path(path).name for path in hits["path"]]
-        rows = hits.drop(columns=["path", "size", "changed"]).to_json(orient="records")
-        self.finish({"hits": json.loads(rows), "notes": [str(warning.message) for warning in told]})
+        own = json.loads(hits.drop(columns=[*OWN_COLUMNS, "cosine", "deviations"]).to_json(orient="records"))
+        rows = json.loads(hits[["vector", "cosine", "deviations"]].to_json(orient="records"))
+        rows = [row | {"name": Path(path).name, "own": of} for row, path, of in zip(rows, hits["path"], own)]
+        self.finish({"hits": rows, "notes": [str(warning.message) for warning in told]})
 
 
 class _Export(_Handler):

@@ -40,7 +40,7 @@ def gallery(tmp_path_factory, system):
         colour = np.array([(200, 30, 30), (30, 30, 200), (30, 160, 30), (240, 240, 240)][number % 4], np.uint8)
         Image.fromarray(np.tile(colour + np.uint8(number), (96, 32, 1))).save(folder / name)
         rows.append({"path": name, "camera": ["a'; DROP TABLE pictures; --", EVIL][number % 2], "floor": number % 3,
-                     "note": "=cmd|' /C calc'!A0"})  # fmt: skip
+                     "note": "=cmd|' /C calc'!A0", "name": "Ann"})  # fmt: skip
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     described = {"source": "", "model": {}}
     build_gallery(folder / "g", str(folder / "table.csv"), system, described, progress=False)
@@ -83,6 +83,8 @@ def test_hits_are_those_of_the_gallery(address, gallery, system):
     assert len(hits) == 5
     like = json.loads(ask(address, "hits", like=hits[2]["vector"], k=1)[2])["hits"]
     assert like[0]["vector"] == hits[2]["vector"]
+    assert {hit["own"]["name"] for hit in hits} == {"Ann"}
+    assert {hit["name"] for hit in hits} <= {Path(path).name for path in gallery.rows()["path"]}
     chosen = {"f.camera": json.dumps(EVIL), "f.floor": "2", "where": "floor > 1"}
     filtered = json.loads(ask(address, "hits", query="red", k=100, **chosen)[2])["hits"]
     assert {hit["vector"] for hit in filtered} == set(gallery.rows("vector % 2 = 1 AND floor = 2")["vector"])
