@@ -166,6 +166,8 @@ def build_codes(folder: Path, vectors: np.ndarray, queries: np.ndarray, seed: in
     kept = {"vector": vector, "mean": mean, "rotation": rotation, "centroids": means.centroids, "scale": scale}
     kept |= {"bounds": np.searchsorted(cell[vector], np.arange(cells + 1)), "error": error, "reach": reach}
     kept |= _measured(_opened(index, **kept), vectors, queries)
+    for rest in folder.glob(".codes*"):  # of a killed call
+        rest.unlink()
     with whole_file(_index_file(folder, count)) as partial:
         faiss.write_index(index, str(partial))
     with whole_file(folder / CODES) as partial, open(partial, "wb") as file:

@@ -327,6 +327,29 @@ def test_a_killed_build_leaves_a_gallery_that_opens_and_goes_on(tmp_path, crops,
     assert len(assert_consistent(tmp_path / "g", system)) == 30
 
 
+_KILLED_CODING = """
+import os, signal, sys
+from fmfa import gallery, nearest
+from fmfa.systems import load_system
+def write(index, path):
+    open(path, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+nearest.faiss.write_index, gallery.CODED_ABOVE = write, 10
+gallery.build_gallery(sys.argv[1], sys.argv[2], load_system(), {"source": "", "model": {}}, progress=False)
+"""
+
+
+def test_a_gallery_killed_while_it_is_coded_goes_on(tmp_path, crops, system, monkeypatch):
+    child = subprocess.run([sys.executable, "-c", _KILLED_CODING, str(tmp_path / "g"), str(crops)])
+    assert child.returncode == -signal.SIGKILL
+    assert len(assert_consistent(tmp_path / "g", system)) == 30
+    assert open_gallery(tmp_path / "g").codes is None
+    monkeypatch.setattr(galleries, "CODED_ABOVE", 10)
+    build(tmp_path / "g", crops, system)
+    assert len(open_gallery(tmp_path / "g").codes.vector) == 30
+    assert list((tmp_path / "g").glob(".codes*")) == []
+
+
 _KILLED_WRITING = """
 import os, signal, sqlite3, sys
 table = sqlite3.connect(sys.argv[1])
