@@ -83,7 +83,8 @@ def load_image(path: str | Path) -> Image.Image:
             names the file.
     """
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
-        raise ImageError(f"{path}: {_no_file(path)}")
+        found = "is no picture file, but a folder, pipe or broken link" if os.path.lexists(path) else "no such file"
+        raise ImageError(f"{path}: {found}; check the image folder and the path in the annotations")
     try:
         with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             width, height = image.size
@@ -127,16 +128,6 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _no_file(path: str | Path) -> str:
-    if os.path.isdir(path):
-        return "is a folder, not a picture"
-    if os.path.islink(path):
-        return "a link that leads to no file; mend or delete it"
-    if os.path.lexists(path):
-        return "is no regular file; expected a picture"
-    return "no such file; check the image folder and the path in the annotations"
 
 
 def _reason(path: str | Path, error: Exception) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import horizontal_flip
 
 from fmfa.data.images import ImageTransform, resolve_image
-from fmfa.data.part_maps import PartMaps, spoken_parts
+from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches
 from fmfa.errors import ConfigError
 from fmfa.files import flush, said_plainly
@@ -133,7 +133,7 @@ class PairDataset(Dataset):
             sample["token_parts"] = [self.parts.tokens(row, len(ids[0]), swapped=swapped)]
             shown = self.parts.picture(row, self.transform.size)
             sample["images"], maps = self._augment_both(self._picture(row), shown, flipped[0], pixel_seed)
-            sample["part_maps"] = spoken_parts(maps)
+            sample["part_maps"] = maps.squeeze(-3).to(torch.int8) - 1  # 0 is what the picture does not show
         if self.mask_probability:
             masked = [mask_tokens(text, self.tokenizer, choices, self.mask_probability) for text in ids]
             sample["masked_ids"], sample["masked_labels"] = map(list, zip(*masked))

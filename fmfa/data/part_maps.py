@@ -61,8 +61,3 @@ class PartMaps:
                 if characters and characters[0] < end and start < characters[1]:
                     found[position] = part
         return found
-
-
-def spoken_parts(maps: Tensor) -> Tensor:
-    """Transformed maps of `PartMaps.picture`, uint8 [..., 1, H, W], as int8 [..., H, W]: the part, -1 for none."""
-    return maps.squeeze(-3).to(torch.int8) - 1

@@ -96,7 +96,8 @@ class Study:
     def only_finished(self) -> "Study":
         """The same study without the runs that are not evaluated yet; ConfigError where none is."""
         kept, cross = (
-            tuple(run for run in runs if is_finished(f"{run.folder}/evaluate")) for runs in (self.runs, self.cross)
+            tuple(run for run in runs if step_record(f"{run.folder}/evaluate").get("status") == "finished")
+            for runs in (self.runs, self.cross)
         )
         if not kept:
             raise ConfigError(f"no run of {self.folder} is evaluated yet: make study SCALE={self.scale}")
@@ -186,11 +187,6 @@ def select_rows(rows: Mapping[str, Row], wanted: str | list[str]) -> list[Row]:
         for row in rows.values()
         if {row.name, row.group, "all"} & set(words) or (row.core and "core" in words)
     ]  # fmt: skip
-
-
-def is_finished(step: str) -> bool:
-    """Whether the notebook of a step was executed to its end; see `step_record`."""
-    return step_record(step).get("status") == "finished"
 
 
 def step_record(step: str) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_any_bytes_load_or_raise_image_error(tmp_path_factory, data, head):
     ("name", "words"),
     [
         *[("empty.png", "empty"), ("none.png", "no such file"), ("sub", "folder"), ("t.png", "format")],
-        *[("gone.png", "link"), ("loop.png", "link"), ("pipe.png", "regular file")],
+        *[("gone.png", "link"), ("loop.png", "link"), ("pipe.png", "pipe")],
     ],
 )
 def test_reasons_are_told(tmp_path, name, words):
