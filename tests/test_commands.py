@@ -1,6 +1,7 @@
 """Commands that the report and the notebooks print work when they are pasted into a shell in the project's folder."""
 
 import html
+import importlib.util
 import json
 import os
 import re
@@ -93,7 +94,11 @@ def test_commands_in_the_notebooks_text_are_accepted(path, monkeypatch):
                 chosen = {"chosen": words["ROWS"]} if "ROWS" in words else {}
                 assert read_study(definition | {"scale": words["SCALE"]} | chosen).runs
             elif "{" not in command:
-                notebook, _, given = given_in(shell_words(command, ROOT))
+                words = shell_words(command, ROOT)
+                if words[2] != "fmfa.notebook":
+                    assert importlib.util.find_spec(words[2]), command
+                    continue
+                notebook, _, given = given_in(words)
                 resolve_parameters(notebook_parameters(notebook), given)
 
 
