@@ -189,7 +189,7 @@ def error_of(capsys, *arguments):
         ({"config": "pairs.json"}, "pairs.json: expected a JSON dict, found list"),
         ({"config": "empty.json"}, "the configuration describes no model of method clip (KeyError: 'text_cfg')"),
         ({"vocabulary": "nowhere.txt"}, "vocabulary nowhere.txt: No such file"),
-        ({"method": "ivt", "config": "empty.json"}, "the configuration describes no model of method ivt"),
+        ({"method": "ivt", "config": "empty.json"}, "has 64 pieces, the model 30522"),
         ({"list": "nowhere.json", "images": "."}, "nowhere.json: "),
         ({"list": "pairs.json", "images": "nowhere"}, "nowhere"),
         ({"list": "clip.json", "images": "."}, "clip.json: "),

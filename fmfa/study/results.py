@@ -444,7 +444,8 @@ def export_results(results: str | Path, target: str | Path) -> list[str]:
         kept = getattr(old, name)
         parts = [kept[~kept["run"].isin(new.runs["run"])], getattr(new, name)]
         tables[name] = _joined(name, parts).sort_values("run", kind="stable", ignore_index=True)
-    tables["runs"]["config"] = [_portable(config) for config in tables["runs"]["config"]]
+    config = [_portable(config) for config in tables["runs"]["config"]]
+    tables["runs"] = tables["runs"].assign(config=config).astype({"best_epoch": "Int64"})
     tables["identities"] = _one_start(tables["runs"], _by_identity(tables["identities"]))
     with said_plainly(f"{target} cannot be written"):
         target.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmfa.evaluation.statistics import bootstrap_interval, compare_rows, hierarchical_interval, holm, holm_levels
@@ -149,7 +149,12 @@ def test_levels_of_holm_by_hand():
     assert holm_levels([]).shape == (0,)
 
 
-@given(st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.0125, 0.05 / 3, 0.025, 0.05])), min_size=1))
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.0125, 0.05 / 3, 0.025, 0.05])), min_size=1, max_size=12
+    )
+)
 def test_an_interval_at_its_level_of_holm_agrees_with_the_test(p_values):
     within = np.array(p_values) <= 1 - holm_levels(p_values)
     corrected = holm(p_values)
