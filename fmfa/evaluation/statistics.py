@@ -4,8 +4,9 @@ Queries of one person succeed and fail together, so neither intervals nor tests 
 independent: identities are what is resampled, and what is permuted. Comparisons of rows add the seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 from scipy import optimize, stats
@@ -220,7 +221,6 @@ class RowComparison:
         difference: mean over seeds and queries, with its interval over seeds and identities.
         p_value: two-sided, of the hypothesis that further seeds and identities do not differ on average; NaN with one
             seed, which says nothing about others.
-        p_networks: two-sided, of the permutation test over identities for the networks that were trained.
         effect_size: Cohen's d of paired data over identities: mean of the identities' mean differences, averaged over
             seeds, in units of their standard deviation; 0 if all are 0, infinite if all are equal and not 0.
         seeds: number of seeds that were compared.
@@ -228,17 +228,23 @@ class RowComparison:
         queries: number of queries that were compared.
         means: the difference in bootstrap samples of the identities, averaged over seeds, [R].
         seed_means: the difference of each seed, [S].
+        permute: the permutation test behind `p_networks`.
     """
 
     difference: Interval
     p_value: float
-    p_networks: float
     effect_size: float
     seeds: int
     identities: int
     queries: int
     means: np.ndarray = field(repr=False, compare=False)
     seed_means: np.ndarray = field(repr=False, compare=False)
+    permute: Callable[[], float] = field(repr=False, compare=False)
+
+    @cached_property
+    def p_networks(self) -> float:
+        """Two-sided, of the permutation test over identities for the networks that were trained; made on demand."""
+        return self.permute()
 
     def interval(self, level: float) -> Interval:
         """The difference with its interval over seeds and identities at another confidence level."""
@@ -299,13 +305,13 @@ def compare_rows(
     return RowComparison(
         difference=interval_over_seeds(means, seed_means, LEVEL),
         p_value=_p_over_seeds(means, seed_means),
-        p_networks=sign_flip_test(average, generator, 5 * resamples),
         effect_size=paired_effect_size(average / counts),
         seeds=len(sums),
         identities=len(counts),
         queries=int(counts.sum()),
         means=means,
         seed_means=seed_means,
+        permute=partial(sign_flip_test, average, generator, 5 * resamples),
     )
 
 

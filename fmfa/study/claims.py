@@ -54,7 +54,7 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
     found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
     table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
     beside = ["single", "level", "other", "further_low", "further_high"]
-    table = table.drop(columns=["p (these networks)", "effect size", *beside], errors="ignore")
+    table = table.drop(columns=["effect size", *beside], errors="ignore")
     first = [name for name in ("paper", "claim", "verdict", "in words") if name in table]
     return table[[*first, *table.columns.drop(first)]]
 
@@ -215,7 +215,7 @@ def rows_paired_table(results: Results, baseline_row: str, split: str = "test", 
     table = pd.DataFrame([line | difference_columns(one) for line, one in zip(levels, found, strict=True)])
     if len(table):
         table = table.join(corrected_columns(found))
-        table = table[[*table.columns.drop("p (these networks)"), "p (these networks)"]]
+        table["p (these networks)"] = [one.p_networks if one else np.nan for one in found]
     table = pd.concat([table, _constants(results, split, rows, baseline_row)], ignore_index=True)
     return table.astype({"seeds": "Int64"}) if "seeds" in table else table
 
@@ -223,12 +223,11 @@ def rows_paired_table(results: Results, baseline_row: str, split: str = "test", 
 def difference_columns(found: RowComparison | None) -> dict[str, float]:
     """Columns of a comparison in points of R@1; empty numbers where there was nothing to compare."""
     if found is None:
-        names = ("R@1 difference", "low", "high", "effect size", "p", "p (these networks)")
+        names = ("R@1 difference", "low", "high", "effect size", "p")
         return {"seeds": 0} | dict.fromkeys(names, np.nan)
     difference = found.difference
     return {"seeds": found.seeds, "R@1 difference": 100 * difference.estimate, "low": 100 * difference.low,
-            "high": 100 * difference.high, "effect size": found.effect_size, "p": found.p_value,
-            "p (these networks)": found.p_networks}  # fmt: skip
+            "high": 100 * difference.high, "effect size": found.effect_size, "p": found.p_value}  # fmt: skip
 
 
 def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
