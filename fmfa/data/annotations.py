@@ -135,6 +135,12 @@ def _picture_path(path: str) -> str:
     return posixpath.normpath(path.replace("\\", "/"))
 
 
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):  # an integer for Python, and for pydantic
+        raise ValueError("should be a whole number")
+    return value
+
+
 def _split_name(value: Any) -> Any:
     return SPLITS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
@@ -146,9 +152,7 @@ class _Record(BaseModel, extra="allow", loc_by_alias=False):
         validation_alias=AliasChoices("file_path", "img_path", "image"),
         description="Give each record the path of its picture inside the image folder, as file_path, img_path or image",
     )
-    identity: int = Field(
-        ge=0,
-        lt=2**63,
+    identity: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, lt=2**63)] = Field(
         validation_alias=AliasChoices("id", "identity"),
         description="Give each record the number of its person, the same for all pictures of one, as id or identity",
     )

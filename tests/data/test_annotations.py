@@ -324,6 +324,7 @@ BAD = {
     "no id": (record(id=...), "identity: missing"),
     "null id": (record(id=None), "should be a valid integer"),
     "nan id": (record(id=float("nan")), "should be a finite number"),
+    "true id": (record(id=True), "should be a whole number"),
     "half id": (record(id=1.5), "should be a valid integer"),
     "negative id": (record(id=-1), "greater than or equal to 0"),
     "list id": (record(id=[1]), "should be a valid integer"),
