@@ -5,7 +5,7 @@ with the released arithmetic (`fmfa.models.plain`, with torchvision's augmentati
 their ratio holds on a busy machine. On a CPU seconds are those of the process, over its threads; on a GPU the parts are
 timed with a synchronisation after each, the whole step without.
 
-Every figure comes from one run on one machine, so only the ratios travel. Peak memory is that of a fresh process a
+Every figure comes from one run on one machine, so only the ratios travel. Peak memory is that of a fresh process per
 method, over what it held before its first step: resident on a CPU, of tensors on a GPU. Floating-point operations are
 exact and the same on every machine; a pair is a picture with its caption, of which IVT makes three (its text levels).
 `--full-size` takes the papers' networks, ViT-B/16 at 384 x 128 pixels, from random weights.
@@ -56,7 +56,7 @@ FULL_SIZE = (384, 128)  # height and width in pixels
 
 
 def rendering_rate(size: tuple[int, int] = (96, 32), identities: int = 60) -> float:
-    """Return pictures with part maps and captions a second, on one core, at a size (height, width) in pixels."""
+    """Return pictures with part maps and captions per second, on one core, at a size (height, width) in pixels."""
     begun = time.process_time()
     count = sum(1 for _ in pictures(recipe("small", height=size[0], width=size[1]), "train", 0, identities))
     return count / (time.process_time() - begun)

@@ -36,7 +36,7 @@ from fmfa.files import flush, held_folder, read_json, said_plainly, write_json
 from fmfa.milvus import MilvusVectors, open_milvus, send_vectors
 from fmfa.nearest import Codes, build_codes, open_codes
 from fmfa.progress import progress_bar
-from fmfa.systems import System, load_system
+from fmfa.systems import System, add_model_options, load_system, model_options
 
 RECORD = "gallery.json"
 TABLE = "gallery.sqlite"
@@ -372,18 +372,13 @@ def fingerprint(system: System) -> str:
 def add_system_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options that open a system; `described_system` reads them."""
     parser.add_argument("--weights", default="", help="run, weight file or model of open_clip; empty: the shipped CLIP")
-    parser.add_argument("--backbone", default="", help="of a foreign weight file: an open_clip model or JSON file")
-    parser.add_argument("--vocabulary", default="", help="of an IVT, if its run does not hold it")
-    for name in ("image-height", "image-width", "stride"):
-        parser.add_argument(f"--{name}", type=int, default=0, help="of a foreign weight file, pixels")
-    parser.add_argument("--position-grid", default="", help="of a foreign weight file, such as 24x8")
+    add_model_options(parser)
 
 
 def described_system(options: argparse.Namespace) -> dict[str, Any]:
     """`source` and `model` of `load_system` from a parsed command line."""
-    names = ("backbone", "vocabulary", "image_height", "image_width", "stride", "position_grid")
     source = _absolute(options.weights) if os.path.exists(options.weights) else options.weights
-    return {"source": source, "model": {name: value for name in names if (value := getattr(options, name))}}
+    return {"source": source, "model": model_options(options)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,11 +37,10 @@ from fmfa.models.outputs import Encoded, Retriever
 from fmfa.records import RECORD, read_record
 from fmfa.study.levels import readable, result_table
 from fmfa.study.results import METRICS, row_of, study_records
-from fmfa.systems import System, load_system, open_test_data
+from fmfa.systems import System, add_model_options, load_system, model_options, open_test_data
 
 SCORES = (".csv", ".run", ".trec", ".txt")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_MODEL = ("backbone", "image_height", "image_width", "stride", "position_grid")
 
 
 class CalledModel(Retriever):
@@ -179,8 +178,7 @@ def _evaluated(
         if _CALLABLE.fullmatch(source) and not Path(source).exists():
             system = call_system(source, options.checkpoint, options.device)
         else:
-            given = {name: getattr(options, name) for name in _MODEL}
-            system = load_system(source, options.device, dataset=data.name, vocabulary=options.vocabulary, **given)
+            system = load_system(source, options.device, dataset=data.name, **model_options(options))
             print(system.report or "", end="\n" * bool(system.report))
         evaluation, cost = score_system(system, data, options.split)
     if options.scores:
@@ -218,11 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model-calls", type=int, default=0, help="networks run per query; default 1 and one per re-ranked picture")
     add("--checkpoint", default="", help="handed to module:function")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--backbone", default="", help="of a weight file: an open_clip model or JSON file")
-    for name in ("image-height", "image-width", "stride"):
-        add(f"--{name}", type=int, default=0, help="of a weight file, pixels")
-    add("--position-grid", default="", help="of a weight file, such as 24x8")
-    add("--vocabulary", default="", help="of IVT: a vocab.txt")
+    add_model_options(parser)
     add("--trec", default="", metavar="PREFIX", help="also write PREFIX.run and PREFIX.qrels")
     add("--trec-depth", type=int, default=1000, help="pictures per query in the TREC run, 0 for all")
     add("--eval-results", default="", metavar="FILE", help="also write the YAML of the Hugging Face hub")

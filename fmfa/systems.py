@@ -1,5 +1,6 @@
 """A system ready to use: a model with its own tokenizer and picture transform, by name, file or run."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -148,6 +149,21 @@ def load_system(
     kept = run / VOCABULARY if run else None
     loaded = load_retriever(path)
     return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options that say of a foreign weight file what it does not record; see `model_options`."""
+    parser.add_argument("--backbone", default="", help="of a foreign weight file: an open_clip model or JSON file")
+    parser.add_argument("--vocabulary", default="", help="of an IVT, if its run does not hold it")
+    for name in ("image-height", "image-width", "stride"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="of a foreign weight file, pixels")
+    parser.add_argument("--position-grid", default="", help="of a foreign weight file, such as 24x8")
+
+
+def model_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `add_model_options`, as `load_system` takes it."""
+    names = ("backbone", "vocabulary", "image_height", "image_width", "stride", "position_grid")
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 def _with_second_branch(system: System, report: LoadReport) -> System:

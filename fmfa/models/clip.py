@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
@@ -297,19 +296,18 @@ class ClipRetriever(TokenEncoder):
                 images, texts, labels, scale=scale, epsilon=wanted.sdm_epsilon
             )
         if wanted.asdm:
-            form: dict[str, Any] = {
-                "scale": scale,
-                "alpha": wanted.asdm_alpha,
-                "form": wanted.asdm_form,
-                "offset": wanted.asdm_offset,
-            }
             output.losses["asdm"] = wanted.asdm * losses.asdm(
-                images, texts, labels, gradient=wanted.asdm_gradient, epsilon=wanted.sdm_epsilon, **form
+                images,
+                texts,
+                labels,
+                gradient=wanted.asdm_gradient,
+                epsilon=wanted.sdm_epsilon,
+                **wanted.asdm_weighting,
             )
             with torch.no_grad():
                 cosine = losses.cosine_similarity(texts, images)
                 for name, rows in (("text", cosine), ("image", cosine.T)):
-                    weights = losses.asdm_weights(rows, labels, **form)
+                    weights = losses.asdm_weights(rows, labels, **wanted.asdm_weighting)
                     output.stats[f"asdm_weight_{name}"] = weights.mean()
                     output.stats[f"asdm_weight_{name}_max"] = weights.max()
 

@@ -65,6 +65,12 @@ class Objectives:
             raise ConfigError(f"objectives {', '.join(LOSSES)} are all 0: nothing to train; give one of them a weight")
 
     @property
+    def asdm_weighting(self) -> dict[str, Any]:
+        """How A-SDM weighs its rows, as `fmfa.losses.matching.asdm_weights` takes it."""
+        form, offset = self.asdm_form, self.asdm_offset
+        return {"scale": 1 / self.tau, "alpha": self.asdm_alpha, "form": form, "offset": offset}
+
+    @property
     def needs_mask(self) -> bool:
         """Whether training reads the masked captions of a batch."""
         return self.irr > 0 or self.retrieval_sees_mask

@@ -33,10 +33,10 @@ def plain_losses(model: ClipRetriever, batch: Mapping[str, Tensor]) -> dict[str,
     if wanted.itc:
         found["itc"] = wanted.itc * losses.itc(*pooled, scale=scale)
     if wanted.sdm:
-        found["sdm"] = wanted.sdm * losses.sdm(*pooled, labels, scale=scale)
+        found["sdm"] = wanted.sdm * losses.sdm(*pooled, labels, scale=scale, epsilon=wanted.sdm_epsilon)
     if wanted.asdm:
         found["asdm"] = wanted.asdm * losses.asdm(
-            *pooled, labels, scale=scale, alpha=wanted.asdm_alpha, form=wanted.asdm_form
+            *pooled, labels, gradient=wanted.asdm_gradient, epsilon=wanted.sdm_epsilon, **wanted.asdm_weighting
         )
     if model.classifier is not None:
         logits = model.classifier(pooled[0]), model.classifier(pooled[1])

@@ -164,7 +164,7 @@ class TrainConfig:
                 raise ConfigError(f"objectives names {name!r} twice; leave one of them out")
             try:
                 overrides[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):  # a word
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # a word, or what Python cannot parse
                 overrides[name] = text
         return overrides
 

@@ -57,10 +57,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """A step's batches as they were read, what was found on each, and the gradient's norm, both on the device."""
+    """Which records a step read, what was found on each batch, and the gradient's norm, both on the device."""
 
     number: int
-    group: tuple[dict[str, Tensor], ...]
+    group: tuple[dict[str, Tensor], ...]  # the batches' field `rows` alone: pictures of many steps would fill memory
     found: list[tuple[list[str], Tensor]]
     norm: Tensor
 
@@ -207,7 +207,8 @@ class TrainingLoop:
                 if every and step % every == 0 and number == 1:
                     self._log("gradient", self.progress.epoch, gradient_norms(output))
                 accelerator.backward(sum(output.losses.values()) / len(group))
-        self.unread.append(_Step(step, group, found, self._clip()))
+        rows = tuple({name: value for name, value in batch.items() if name == "rows"} for batch in group)
+        self.unread.append(_Step(step, rows, found, self._clip()))
         if len(self.unread) >= _steps_unread(accelerator):
             self._read()
         self.optimizer.step()

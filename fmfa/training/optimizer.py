@@ -63,9 +63,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     groups = parameter_groups(model, config)
     optimizer: torch.optim.Optimizer
-    fused = (
-        config.precision != "fp16"
-    )  # a fused one leaves overflowing steps out by itself, and nobody could count them
+    # With fp16 a fused one leaves overflowing steps out by itself, and they could not be counted.
+    fused = config.precision != "fp16"
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     else:

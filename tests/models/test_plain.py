@@ -21,10 +21,11 @@ def toy_batch(identities=3):
     return {"images": images, "caption_ids": ids, "masked_ids": masked, "masked_labels": labels, "labels": people}
 
 
+@pytest.mark.parametrize("changes", [{}, {"asdm_gradient": False, "asdm_offset": 0.5, "sdm_epsilon": 0.01}])
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("method", ["clip", "irra", "fmfa"])
-def test_losses_and_gradients_are_those_of_the_released_arithmetic(method, preset):
-    model = ClipRetriever(TINY_CLIP, objectives(method, preset, irr_depth=2), identities=3, seed=1)
+def test_losses_and_gradients_are_those_of_the_released_arithmetic(method, preset, changes):
+    model = ClipRetriever(TINY_CLIP, objectives(method, preset, irr_depth=2, **changes), identities=3, seed=1)
     batch, gradients = toy_batch(), []
     found = model(batch).losses, plain_losses(model, batch)
     assert found[0].keys() == found[1].keys()

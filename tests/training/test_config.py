@@ -95,6 +95,8 @@ def test_objective_overrides_keep_their_types():
     }
     assert type(overrides["asdm_alpha"]) is int
     assert TrainConfig().objective_overrides() == {}
+    minus = "-" * 100_000  # more than Python's parser takes
+    assert TrainConfig(objectives=f"efa={minus}1").objective_overrides() == {"efa": f"{minus}1"}
 
 
 @pytest.mark.parametrize("text", ["asdm_alpha", "=5", "efa=", "efa=1 efa=2"])
