@@ -3,6 +3,7 @@ import torch
 from toy_training import TINY_CLIP, TOKENIZER
 
 from fmfa.data.pairs import mask_tokens
+from fmfa.losses.matching import asdm
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.objectives import objectives
 from fmfa.models.plain import plain_losses
@@ -39,3 +40,12 @@ def test_losses_and_gradients_are_those_of_the_released_arithmetic(method, prese
     largest = max(float(g.abs().max()) for g in gradients[1].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=ROUNDING * largest, msg=name)
+
+
+def test_the_forms_of_asdm_are_those_of_the_objectives():
+    changes = {"asdm_offset": 0.5, "asdm_alpha": 3.0, "sdm_epsilon": 0.01, "tau": 0.1}
+    model = ClipRetriever(TINY_CLIP, objectives("fmfa", id=0, irr=0, efa=0, **changes), seed=1)
+    batch = toy_batch()
+    image, text = model.encode_image(batch["images"]).embedding, model.encode_text(batch["caption_ids"]).embedding
+    expected = asdm(image, text, batch["labels"], scale=10, alpha=3.0, offset=0.5, epsilon=0.01)
+    torch.testing.assert_close(model(batch).losses["asdm"], expected, rtol=ROUNDING, atol=ROUNDING)

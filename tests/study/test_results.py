@@ -523,13 +523,14 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
     grounding(results / "irra-0", {"gradient": 0.4})
     (results / "irra-0" / "metrics.csv").write_text("run,split,epoch,step,metric,value\n")
     (results / "irra-0" / "train.html").write_text("large")
-    write_run(results, "alpha=0.3-0", draw(0.5, 8))  # a point of a curve
+    write_run(results, "alpha=0.3-0", draw(0.5, 8), best_epoch=4)  # a point of a curve; the others record none
     target = tmp_path / "exported"
     for _ in range(2):  # a second export replaces the first
         export_results(results, target)
     names = {"identities", "levels", "metrics", "grounding", "counterfactual", "epochs"}
     assert {path.name for path in target.iterdir()} == {"runs.csv", *(f"{name}.csv.gz" for name in names)}
     exported = read_results(target)
+    assert pd.read_csv(target / "runs.csv", dtype=str)["best_epoch"].dropna().tolist() == ["4"]
     assert len(exported.queries("test", "zero-shot")) == 1
     written, read = pd.read_csv(results / "irra-0/queries-test.csv"), exported.queries("test")["irra-0"]
     assert (read["identity"] == written["identity"]).all()
