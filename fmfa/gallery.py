@@ -254,7 +254,7 @@ def build_gallery(
         folder: the gallery's.
         source: folder of pictures (its subfolders included), a CSV or Parquet table with a column `path` (or `image`;
             relative paths start at the table), or the name of a data set. Further columns of a table, and the
-            identity of a data set, are kept.
+            identity (and of SimPEDES the camera) of a data set, are kept.
         system: encodes the pictures.
         described: `source` and `model` of `load_system`, by which the system is opened again.
         vectors: .npy file with one row per row of the source, as the system encodes its picture; empty: it encodes
@@ -542,9 +542,9 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _of_dataset(data: Dataset, split: str) -> pd.DataFrame:
     rows = data.split(split)[["image", "identity"]].drop_duplicates("image")
-    return pd.DataFrame(
-        {"path": [str(Path(data.images) / image) for image in rows["image"]], "identity": rows["identity"]}
-    )
+    if data.truth:
+        rows["camera"] = data.truth.pictures(split)["camera"].loc[rows["image"]].to_numpy()
+    return rows.drop(columns="image").assign(path=[str(Path(data.images) / image) for image in rows["image"]])
 
 
 def _outdated(table: sqlite3.Connection, pictures: pd.DataFrame) -> np.ndarray:

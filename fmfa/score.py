@@ -238,7 +238,7 @@ def _score(options: argparse.Namespace) -> None:
         target = Path(options.to or "records")
         with said_plainly(f"{target} cannot be written"):
             target.mkdir(parents=True, exist_ok=True)
-        for run, record in study_records(folder, options.split, options.root, options.scale):
+        for run, record in study_records(folder, options.split, options.root, options.scale, options.data_seed):
             write_record(record, target / f"{run}.record")
             print(target / f"{run}.record")
         return

@@ -210,6 +210,16 @@ def test_a_table_keeps_its_columns_and_filters_come_first(tmp_path, crops, syste
     assert len(opened) == 30
 
 
+def test_a_data_set_keeps_who_and_where(tmp_path, system, tiny):
+    entry = {"root": str(tiny.images.parent), "scale": "tiny", "split": "test"}
+    assert build_gallery(tmp_path / "g", "SimPEDES", system, SHIPPED, progress=False, **entry) == {}
+    rows = open_gallery(tmp_path / "g").rows()
+    assert set(rows["identity"]) == set(tiny.split("test")["identity"])
+    assert all(f"_{camera}_" in path for path, camera in zip(rows["path"], rows["camera"], strict=True))
+    assert len(open_gallery(tmp_path / "g").choices()["camera"]) > 1
+    assert set(rows) == {"vector", "path", "size", "changed", "identity", "camera"}  # and nothing else of the truth
+
+
 @pytest.mark.parametrize(
     "where",
     ["camera == 1", "1); DROP TABLE pictures; --", "1) UNION SELECT * FROM pictures; DELETE FROM pictures WHERE (1",

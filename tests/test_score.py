@@ -18,6 +18,7 @@ from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, gallery_of
 from fmfa.evaluation.features import caption_ids
 from fmfa.evaluation.score_record import read_record
 from fmfa.score import call_system, main
+from fmfa.study.results import save_evaluation
 from fmfa.systems import load_system
 
 ROOT = Path(__file__).parents[1]
@@ -231,3 +232,23 @@ def test_weight_files_of_other_codebases_are_scored(tmp_path, monkeypatch, capsy
     first_ranks = shipped.evaluate(tiny, "test", progress=False).metrics[TEXT_TO_IMAGE].first_rank
     same = sorted(read_record("best.record").queries.first_rank) == sorted(first_ranks)
     assert same == (layout == "IRRA")  # TBPS-CLIP reads pictures in another way
+
+
+def test_runs_of_the_study_are_records_of_what_they_were_tested_on(tmp_path, monkeypatch, tiny):
+    """Runs that were trained on other people each, and evaluated on the same ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fmfa.data.datasets.DATA", tmp_path / "data")
+    (tmp_path / "data" / "simpedes").mkdir(parents=True)
+    (tmp_path / "data" / "simpedes" / "street-tiny-0").symlink_to(tiny.images.parent)
+    evaluation = load_system().evaluate(tiny, "test", progress=False)
+    for seed in (0, 1):
+        run = tmp_path / "runs" / f"clip-{seed}"
+        run.mkdir(parents=True)
+        config = {"dataset": "SimPEDES-street", "scale": "small", "data_seed": seed + 5, "root": ""}
+        (run / "run.json").write_text(json.dumps({"config": config, "seed": seed, "status": "finished"}))
+        save_evaluation(evaluation, tiny, "test", run)
+    assert main(["runs", "--to", "records", "--scale", "tiny", "--data-seed", "0"]) == 0
+    for seed in (0, 1):
+        record, own = read_record(f"records/clip-{seed}.record"), read_record(f"runs/clip-{seed}/queries-test.record")
+        assert (record.system, record.seed, record.split) == ("clip", seed, own.split)
+        pd.testing.assert_frame_equal(record.queries.by_identity(), own.queries.by_identity(), atol=1e-4)

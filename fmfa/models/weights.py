@@ -222,11 +222,10 @@ def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
             f"the weights {text!r} of {backbone!r} cannot be fetched ({type(error).__name__}: {error}). "
             "Without a network, fetch the file elsewhere and give its path instead of the name"
         ) from error
-    known = list_pretrained_tags_by_model(backbone) if backbone else []
-    raise CheckpointError(
-        f"weights {text!r}: neither an existing file nor known for backbone {backbone!r} "
-        f"(its names: {', '.join(known) or 'none'}). Give the path of a local file, or hf-hub:..."
-    )
+    what = "is a folder" if Path(text).is_dir() else "no such file"
+    if known := list_pretrained_tags_by_model(backbone) if backbone else []:
+        what += f", and {backbone} has no weights of this name, only {', '.join(known)}"
+    raise CheckpointError(f"weights {text!r}: {what}; give the path of a weight file, or hf-hub:ORGANISATION/NAME")
 
 
 def _layout(found: Mapping[str, Tensor]) -> str:

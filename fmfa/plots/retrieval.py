@@ -186,7 +186,7 @@ def hit_grid(hits: pd.DataFrame, title: str = "", columns: int = 5) -> Figure:
         axis.set_axis_off()
     for rank, (axis, hit) in enumerate(zip(axes.flat, hits.itertuples(index=False)), start=1):
         name = textwrap.shorten(_plain(Path(hit.path).name), 26, placeholder="...")
-        framed(axis, hit.path, f"{rank}: {hit.cosine:.3f}\n{name}")
+        framed(axis, hit.path, f"{rank}: cosine {hit.cosine:.3f}\n{name}")
     figure.suptitle(textwrap.fill(_plain(title), 22 * columns, max_lines=3, placeholder=" ..."), parse_math=False)
     return figure
 

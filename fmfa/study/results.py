@@ -85,7 +85,7 @@ def save_evaluation(
 
 
 def study_records(
-    folder: str | Path, split: str = "test", root: str | Path = "", scale: str = ""
+    folder: str | Path, split: str = "test", root: str | Path = "", scale: str = "", data_seed: int = -1
 ) -> Iterator[tuple[str, ScoreRecord]]:
     """The name and record of every evaluated run of a folder of runs or exported results, on its own data set.
 
@@ -93,7 +93,8 @@ def study_records(
         folder: as `read_results` takes it.
         split: of the data sets.
         root: of the data set that they were evaluated on, if it is not where it was when they were trained.
-        scale: of SimPEDES without a root, if they were evaluated on another scale than they were trained on.
+        scale, data_seed: of the SimPEDES without a root that they were evaluated on, if it is not the one that they
+            were trained on; empty and -1 for that.
 
     Raises:
         ConfigError: no evaluated run, or one that was evaluated on other queries than the data set has now.
@@ -110,7 +111,8 @@ def study_records(
             continue
         config = run.config
         place = root or ("" if scale else config.get("root", ""))
-        key = run.trained_on, place, scale or config.get("scale") or "small", config.get("data_seed", 0)
+        seed = config.get("data_seed", 0) if data_seed < 0 else data_seed
+        key = run.trained_on, place, scale or config.get("scale") or "small", seed
         if key not in rows:
             drop = bool(config.get("drop_empty_captions"))
             data = open_dataset(*key[:2], scale=key[2], seed=key[3], drop_empty_captions=drop)
@@ -119,7 +121,7 @@ def study_records(
         if dict(zip(part["identity"], part["queries"])) != counts.to_dict():
             raise ConfigError(
                 f"{folder}: {run.run} was evaluated on other queries than {run.trained_on} {split} has here; give the "
-                "scale or the root of the data set that it was evaluated on"
+                "scale and data seed, or the root, of the data set that it was evaluated on"
             )
         sums = {metric: part[metric].tolist() for metric in METRICS}
         queries = Identities(part["identity"].tolist(), part["queries"].astype(int).tolist(), sums)

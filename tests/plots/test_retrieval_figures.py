@@ -207,7 +207,7 @@ def test_hit_grid(tmp_path):
     figure = drawn(plots.hit_grid(hits, "a $5 bag"))
     assert len(figure.axes) == 10
     assert figure.get_suptitle() == "a $5 bag"
-    assert titles(figure)[:2] == ["1: 0.700\n0.png", "2: 0.600\n1.png"]
+    assert titles(figure)[:2] == ["1: cosine 0.700\n0.png", "2: cosine 0.600\n1.png"]
     assert [bool(axis.images) for axis in figure.axes] == [True] * 7 + [False] * 3
     assert max(figure.axes[0].images[0].get_array().shape) <= 384  # a photograph is not drawn in full
 

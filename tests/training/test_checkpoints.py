@@ -516,10 +516,16 @@ def test_names_without_a_network_lead_to_a_local_file(monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(CheckpointError, match=r"neither an existing file nor known .*openai.*local file"):
+    with pytest.raises(CheckpointError, match=r"no such file, and ViT-B-16-quickgelu has no .* only openai, "):
         find_weights("opneai", "ViT-B-16-quickgelu")
-    with pytest.raises(CheckpointError, match="neither an existing file nor known"):
+    with pytest.raises(CheckpointError, match="'openai': no such file; give the path"):
         load_weights(retriever(), "openai")
+
+
+def test_a_folder_is_no_weight_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"': is a folder; give the path of a weight file") as error:
+        load_weights(retriever(), tmp_path)
+    assert "None" not in str(error.value)
 
 
 def test_a_tag_is_fetched_through_open_clip(monkeypatch, tmp_path):
