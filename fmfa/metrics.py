@@ -1,6 +1,7 @@
 """Exact retrieval metrics from rank counts (CMC, mAP and mINP, per query), and their values at chance."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 from fmfa.errors import ConfigError
 
 PROTOCOLS = ("standard", "ivt")
-CHUNK_ELEMENTS = 2**23  # scores held at a time: about 64 MiB in float64
+CHUNK_ELEMENTS = 2**22  # scores that a thread holds at a time: 32 MiB in float64
+THREADS = 4  # at most; more would wait for Python
+BINS = 2**16  # of cosines from 0 to 1, in which close ones are looked for
 PER_QUERY = ("identity", "relevant", "first_rank", "average_precision", "inverse_negative_penalty")
 Identities = Sequence[int] | np.ndarray | Tensor
 
@@ -115,12 +118,12 @@ def rank_metrics(
     if not similarity.is_floating_point():
         similarity = similarity.double()
 
-    def scores(first: int, last: int) -> Tensor:
-        return similarity[first:last]
+    def count(chunk: slice, columns: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        return _count(similarity[chunk], columns, filled)
 
     gallery_identity = gallery_identity[::gallery_step]
     shape = len(similarity), similarity.shape[1]
-    return _collect(scores, shape, similarity.device, query_identity, gallery_identity, protocol)
+    return _collect(count, shape, similarity.device, query_identity, gallery_identity, protocol)
 
 
 def feature_metrics(
@@ -141,24 +144,32 @@ def feature_metrics(
 
     Returns:
         The metrics of all queries. Scores are taken in float64 and rounded to float32, so that equal
-        features tie exactly and the result does not depend on the chunk size or the matrix library.
+        features tie exactly and the result does not depend on the chunk size or the matrix library. On a CPU float32
+        products decide where they are further from a relevant item's score than they can be wrong.
 
     Raises:
         ValueError, ConfigError: see `rank_metrics`.
     """
-    query = F.normalize(torch.as_tensor(query).double(), dim=-1)
-    gallery = F.normalize(torch.as_tensor(gallery).double()[::gallery_step], dim=-1)
+    query = F.normalize(torch.as_tensor(query).detach().double(), dim=-1)
+    gallery = F.normalize(torch.as_tensor(gallery).detach().double()[::gallery_step], dim=-1)
 
-    def scores(first: int, last: int) -> Tensor:
-        return (query[first:last] @ gallery.T).float()
+    def count(chunk: slice, columns: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        return _count((query[chunk] @ gallery.T).float(), columns, filled)
 
+    if query.device.type == "cpu":
+        count = _NearCounts(_finite(query).numpy(), _finite(gallery).numpy())
     shape = (len(query), len(gallery))
     gallery_identity = gallery_identity[::gallery_step]
-    return _collect(scores, shape, query.device, query_identity, gallery_identity, protocol)
+    return _collect(count, shape, query.device, query_identity, gallery_identity, protocol)
+
+
+Count = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of a chunk of queries [c], with the gallery positions of their relevant items [c, M] and which of these are there:
+their scores in ascending order, inf behind them, and how many items score at least as high, both [c, M]."""
 
 
 def _collect(
-    scores: Callable[[int, int], Tensor],
+    count: Count,
     shape: tuple[int, int],
     device: torch.device,
     query_identity: Identities,
@@ -171,30 +182,32 @@ def _collect(
         found = f"{len(queries)} query and {len(gallery)} gallery identities for scores of shape {tuple(shape)}"
         raise ValueError(f"Identities and scores do not fit: {found}.")
     order, starts, counts = _relevant_ranges(queries, gallery)
-    parts = [
-        _chunk_metrics(_finite(scores(first, last)), order, starts[first:last], counts[first:last], protocol)
-        for first, last in _chunks(*shape)
-    ]
-    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts)] if parts else [np.empty(0)] * 3
+
+    def part(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        relevant = counts[chunk]
+        slots = torch.arange(max(int(relevant.max()), 1), device=device)  # [M]
+        filled = slots < relevant[:, None]  # [c, M]
+        columns = order[(starts[chunk, None] + slots).clamp(max=len(order) - 1)]
+        return _chunk_metrics(*count(chunk, columns, filled), relevant, protocol)
+
+    with ThreadPoolExecutor(min(torch.get_num_threads(), THREADS) if device.type == "cpu" else 1) as pool:
+        parts = list(pool.map(part, _chunks(*shape)))
+    joined = [torch.cat(column).cpu().numpy() for column in zip(*parts)] if parts else [np.empty(0)] * 3
     return RankMetrics(
         identity=queries.cpu().numpy(),
         relevant=counts.cpu().numpy(),
-        first_rank=columns[0].astype(np.int64),
-        average_precision=columns[1],
-        inverse_negative_penalty=columns[2],
+        first_rank=joined[0].astype(np.int64),
+        average_precision=joined[1],
+        inverse_negative_penalty=joined[2],
         gallery_size=len(gallery),
         protocol=protocol,
     )
 
 
-def _chunk_metrics(
-    scores: Tensor, order: Tensor, starts: Tensor, counts: Tensor, protocol: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    slots = torch.arange(max(int(counts.max()), 1), device=scores.device)  # [M]
-    filled = slots < counts[:, None]  # [c, M]
-    columns = order[(starts[:, None] + slots).clamp(max=len(order) - 1)]
-    relevant = scores.gather(1, columns).masked_fill(~filled, torch.inf).sort(dim=1).values  # ascending
-    above = _at_least(relevant, scores) - _at_least(relevant, relevant.where(filled, -torch.inf))
+def _chunk_metrics(relevant: Tensor, at_least: Tensor, counts: Tensor, protocol: str) -> tuple[Tensor, Tensor, Tensor]:
+    slots = torch.arange(relevant.shape[1], device=relevant.device)
+    filled = slots < counts[:, None]
+    above = at_least - _at_least(relevant, relevant.where(filled, -torch.inf))
     position = counts[:, None] - slots  # 1 for the best relevant item of the row, counts for the worst
     ranks = (position + above).where(filled, 1).double()
     precision = position / ranks
@@ -208,6 +221,12 @@ def _chunk_metrics(
     return first, average.where(answered, torch.nan), (counts / ranks[:, 0]).where(answered, torch.nan)
 
 
+def _count(scores: Tensor, columns: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """`Count` from the scores [c, G] themselves."""
+    relevant = _finite(scores).gather(1, columns).masked_fill(~filled, torch.inf).sort(dim=1).values
+    return relevant, _at_least(relevant, scores.contiguous())
+
+
 def _at_least(relevant: Tensor, scores: Tensor) -> Tensor:
     """Count, by row, `scores` [c, G] at or above each of `relevant` [c, M] (ascending): int64 [c, M]."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
@@ -219,6 +238,54 @@ def _at_least(relevant: Tensor, scores: Tensor) -> Tensor:
     return histogram.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
+class _NearCounts:
+    """`Count` of unit features, float64 [Q, D] and [G, D]: products in float32, those near a relevant score again.
+
+    In any order of summation a product of unit vectors in float32 is off by at most about D + 2 times 2^-24; what is
+    further from a score than that, and than the score's own rounding, is on the right side of it.
+    """
+
+    def __init__(self, query: np.ndarray, gallery: np.ndarray) -> None:
+        self.query, self.gallery = query, gallery
+        self.near = query.astype(np.float32), gallery.astype(np.float32).T
+        self.error = np.float32(1.1 * (query.shape[1] + 8) * 2.0**-24)
+
+    def __call__(self, chunk: slice, columns: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        relevant = np.full(columns.shape, np.inf, np.float32)
+        at_least = np.zeros(columns.shape, np.int64)
+        marked, crowded = np.zeros(int((2 + 8 * self.error) * BINS) + 8, bool), []
+        wanted = zip(self.near[0][chunk] @ self.near[1], self.query[chunk], columns.numpy(), filled.sum(1).tolist())
+        for row, (scores, query, positions, size) in enumerate(wanted):
+            if not size:
+                continue
+            relevant[row, :size] = mine = np.sort(self._exact(query, positions[:size]))
+            places = np.flatnonzero(scores >= mine[0] - self.error)
+            values = scores[places]
+            first, last = self._bins(mine - self.error), self._bins(mine + self.error)
+            touched = first[:, None] + np.arange((last - first).max() + 1)
+            marked[touched] = True
+            close = np.flatnonzero(marked[self._bins(values)])
+            marked[touched] = False
+            if len(close) > len(scores) // 16 + size:
+                crowded.append(row)
+                continue
+            values[close] = self._exact(query, places[close])
+            values.sort()
+            at_least[row, :size] = len(values) - values.searchsorted(mine)
+        found = torch.from_numpy(relevant), torch.from_numpy(at_least)
+        if crowded:  # such as all rows of a model that gives every picture the same embedding
+            exact = torch.from_numpy((self.query[chunk][crowded] @ self.gallery.T).astype(np.float32))
+            for whole, part in zip(found, _count(exact, columns[crowded], filled[crowded]), strict=True):
+                whole[crowded] = part
+        return found
+
+    def _exact(self, query: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return np.vecdot(self.gallery[places], query).astype(np.float32)
+
+    def _bins(self, cosines: np.ndarray) -> np.ndarray:
+        return ((cosines + (1 + 3 * self.error)) * BINS).astype(np.int32)
+
+
 def _relevant_ranges(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gallery order by identity, and for each query where its identity starts in it and how long it is."""
     ordered, order = gallery.sort(stable=True)
@@ -226,17 +293,17 @@ def _relevant_ranges(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor, 
     return order, starts, torch.searchsorted(ordered, queries, right=True) - starts
 
 
-def _chunks(queries: int, gallery: int) -> Iterator[tuple[int, int]]:
+def _chunks(queries: int, gallery: int) -> Iterator[slice]:
     if not gallery:
         raise ValueError("The gallery is empty: nothing can be ranked.")
     step = max(1, CHUNK_ELEMENTS // gallery)
-    return ((first, min(first + step, queries)) for first in range(0, queries, step))
+    return (slice(first, first + step) for first in range(0, queries, step))
 
 
 def _finite(scores: Tensor) -> Tensor:
     if scores.numel() and not bool(torch.isfinite(torch.stack(scores.aminmax())).all()):
         raise ValueError("A similarity is not a finite number: the features or scores are broken.")
-    return scores.contiguous()
+    return scores
 
 
 def _identities(values: Identities, device: torch.device) -> Tensor:

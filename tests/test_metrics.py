@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from fmfa import metrics
 from fmfa.errors import ConfigError
@@ -50,6 +51,39 @@ def test_counting_agrees_with_sorting_ties_and_unanswerable_queries_included(
     assert found.unanswerable == sum(identity not in items for identity in query)
     backwards = rank_metrics(scores.T, items, query)
     agrees(backwards, naive(scores.T, items, query))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1, 3, 512, 4096]),
+    apart=st.sampled_from([0.0, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1.0]),
+    identities=st.sampled_from([1, 5, 40]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_near_ties_of_features_rank_as_their_rounded_cosines(seed, size, apart, identities, dtype):
+    rng = np.random.default_rng(seed)
+    query, gallery = rng.normal(size=(11, size)), rng.normal(size=(30, size))
+    gallery = np.concatenate([gallery, gallery * rng.uniform(0.1, 9, (30, 1)) + apart * rng.normal(size=gallery.shape)])
+    if seed % 5 == 0:
+        gallery = gallery[:1] + apart * gallery  # all pictures are as good as one
+    query, gallery = torch.from_numpy(query).to(dtype), torch.from_numpy(gallery).to(dtype)
+    wanted, items = rng.integers(0, identities, 11), rng.integers(0, identities, 60)
+    unit = [F.normalize(side.double(), dim=1) for side in (query, gallery)]
+    agrees(feature_metrics(query, gallery, wanted, items), naive((unit[0] @ unit[1].T).float(), wanted, items))
+
+
+def test_only_scores_near_a_relevant_one_are_taken_again(monkeypatch):
+    again = []
+    exact = metrics._NearCounts._exact
+    monkeypatch.setattr(metrics._NearCounts, "_exact", lambda *given: again.append(len(given[2])) or exact(*given))
+    rng = np.random.default_rng(0)
+    identity = np.arange(900) % 300
+    feature_metrics(rng.normal(size=(900, 512)), rng.normal(size=(900, 512)), identity, identity)
+    assert 900 * 6 <= sum(again) < 900 * 10  # each relevant one twice, of 900 pictures
+    again.clear()
+    feature_metrics(np.ones((900, 8)), np.ones((900, 8)), identity, identity)
+    assert sum(again) == 900 * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 61, 7 * 60, 10**6])
@@ -166,6 +200,8 @@ def test_bad_input_is_named():
         rank_metrics(scores, identity, identity)
     with pytest.raises(ValueError, match="not a finite number"):
         rank_metrics(np.array([[1.0, np.nan, 0]]), identity[:1], identity)
+    with pytest.raises(ValueError, match="not a finite number"):
+        feature_metrics(np.array([[1.0, np.inf]]), np.ones((3, 2)), identity[:1], identity)
     with pytest.raises(ValueError, match="gallery is empty"):
         rank_metrics(np.ones((2, 0)), identity[:2], identity[:0])
     with pytest.raises(ConfigError, match="'oxford'; known are standard, ivt"):
