@@ -13,7 +13,7 @@ from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import list_pretrained_tags_by_model
 
 from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name
-from fmfa.data.datasets import DATA, open_dataset, project_path
+from fmfa.data.datasets import DATA, open_dataset, project_path, which_dataset
 from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, tbps_clip_evaluation
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
@@ -259,8 +259,8 @@ def open_test_data(
 ) -> Dataset:
     """Open the data set that trained systems are evaluated on; what is left open is as the first one's run had it.
 
-    The data seed cannot be another one: it decides which people of a set without a validation split were trained on.
-    The scale can: on SimPEDES nobody of validation or test is trained on at any scale.
+    Scale and data seed of SimPEDES can be others: nobody of validation or test is trained on at any of them. The data
+    seed of another set cannot: without a validation split it decides who was trained on.
 
     Args:
         sources: run folders or checkpoints, as `load_system` takes them; those in no run decide nothing.
@@ -270,25 +270,27 @@ def open_test_data(
         data_seed: of SimPEDES without a root, and of held-out identities; -1 for the run's, or 0.
 
     Raises:
-        ConfigError: the seeds of the runs and `data_seed` differ, or see `open_dataset`.
+        ConfigError: the seeds of the runs and `data_seed` differ on such a set, or see `open_dataset`.
         AnnotationError: the data set cannot be read, or is another one than `dataset`.
         TrainingError: a run's configuration is damaged.
     """
     runs = [_run_of(Path(source)) for source in sources if source]
     configs = {str(run): run_config(run) for run in runs if run}
-    seeds = {run: config.data_seed for run, config in configs.items()}
-    seeds |= {"data_seed": data_seed} if data_seed >= 0 else {}
-    if len(set(seeds.values())) > 1:
-        raise ConfigError(
-            f"data seeds differ ({', '.join(f'{seed} of {name}' for name, seed in seeds.items())}): whom one holds out "
-            "for validation, another trains on. Leave data_seed out, and evaluate runs of different data seeds apart"
-        )
     own = next(iter(configs.values()), TrainConfig())
     dataset = canonical_name(dataset)
     if not root and not scale and dataset in ("", own.dataset):
         root = own.root
     if not dataset and (not root or (own.root and os.path.realpath(root) == os.path.realpath(own.root))):
         dataset = own.dataset
+    seeds = {run: config.data_seed for run, config in configs.items()}
+    if data_seed >= 0:
+        rendered = not root and which_dataset(dataset).startswith(SIMPEDES)
+        seeds = (seeds if not rendered else {}) | {"data_seed": data_seed}
+    if len(set(seeds.values())) > 1:
+        raise ConfigError(
+            f"data seeds differ ({', '.join(f'{seed} of {name}' for name, seed in seeds.items())}): whom one holds out "
+            "for validation, another trains on. Leave data_seed out, and evaluate runs of different data seeds apart"
+        )
     seed, scale = next(iter(seeds.values()), 0), scale or own.scale
     return open_dataset(dataset, root, scale=scale, seed=seed, drop_empty_captions=own.drop_empty_captions)
 

@@ -44,6 +44,7 @@ SCALES = {
     "small": (700, 100, 200),
     "standard": (2500, 300, 1000),
     "large": (2500, 300, 5000),
+    "wide": (2500, 1000, 1000),
 }
 _SHARD = 240  # identities; a multiple of every family size from 1 to 6, so that families stay whole
 
@@ -77,7 +78,7 @@ class Recipe:
 
 
 def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **changes: Any) -> Recipe:
-    """Return the recipe of a named scale: tiny, small, standard or large. Raises ConfigError for another name."""
+    """Return the recipe of a named scale: tiny, small, standard, large or wide. Raises ConfigError for another name."""
     if scale not in SCALES:
         raise ConfigError(f"SimPEDES has no scale {scale!r}; expected one of {', '.join(SCALES)}.")
     return Recipe(**{**dict(zip(SPLITS, SCALES[scale])), "domain": domain, "seed": seed, **changes})

@@ -17,10 +17,12 @@ from fmfa.study.results import CHANCE, SHUFFLED, Results, Rows, references
 CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
 SHIPPED = CLAIMS.parent / "results" / "standard"  # the rows of the study with several seeds each
 LEVEL = 0.05
-HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "cannot be told apart", "not run"
+MARGIN = 0.01  # of R@1, below which a difference does not matter
+HOLDS, FAILS, EQUAL, OPEN, MISSING = "holds", "does not hold", "equal within 1 point", "open", "not run"
 ONE_SEED = "one seed: no verdict"
-VERDICTS = (HOLDS, FAILS, UNCLEAR, ONE_SEED, MISSING)
-_SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), UNCLEAR: (UNCLEAR, UNCLEAR),
+VERDICTS = (HOLDS, FAILS, EQUAL, OPEN, ONE_SEED, MISSING)
+_SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), EQUAL: (f"is {EQUAL}", f"are {EQUAL}"),
+           OPEN: ("is open", "are open"),
            ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
            MISSING: ("was not run", "were not run")}  # fmt: skip
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
@@ -32,17 +34,18 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
     Args:
         split: of the comparison.
         seed: of the bootstrap and the permutations.
-        kind: "claims" of the papers, "controls" that must come out, "oracles" that use the true part maps, or "forms",
-            where paper and released code differ.
+        kind: "claims" of the papers, "parts" of those that average several comparisons, "controls" that must come
+            out, "oracles" that use the true part maps, or "forms", where paper and released code differ.
 
     Returns:
         One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
         not measured here); `R@1 difference`, `low`, `high` and `p` are measured over seeds and identities as in
         `comparisons.rows_paired_table`; `p (Holm)`, `low (Holm)` and `high (Holm)` are corrected over the table's
-        claims that were run with several seeds (`comparisons.corrected_columns`). `verdict` is "holds" or "does not
-        hold" if the corrected p value is at most 0.05, by the sign of the difference, else "cannot be told apart";
-        "one seed: no verdict", and "not run". A control is "as it must be", "not as it must be", or one of the last
-        three.
+        claims that were run with several seeds (`comparisons.corrected_columns`), as is `p (equal)`, the two one-sided
+        tests that the difference is `MARGIN` or more. `verdict` is "holds" or "does not hold" if `p (Holm)` is at most
+        0.05, by the sign of the difference, else "equal within 1 point" if `p (equal)` is, else "open"; "one seed: no
+        verdict", and "not run". `mAP difference` and `verdict by mAP` are the same of mAP. A control is "as it must
+        be", "not as it must be", or one of the last three.
 
     Raises:
         ConfigError: two runs were evaluated on different queries, or no such kind.
@@ -53,6 +56,14 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
     table = pd.DataFrame(lines).join(corrected_columns(compared))
     found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
     table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
+    by_map = [rows.compare(claim["row"], claim["minus"], "mAP", seed) for claim in claims]
+    decided = corrected_columns(by_map)
+    table["mAP difference"] = [100 * one.difference.estimate if one else np.nan for one in by_map]
+    several = table["p"].notna()
+    table["verdict by mAP"] = [
+        _decided(*line) for line in zip(table["mAP difference"], decided["p (Holm)"], decided["p (equal)"])
+    ]
+    table["verdict by mAP"] = table["verdict by mAP"].where(several, table["verdict"])
     beside = ["single", "level", "other", "further_low", "further_high"]
     table = table.drop(columns=["effect size", *beside], errors="ignore")
     first = [name for name in ("paper", "claim", "verdict", "in words") if name in table]
@@ -154,22 +165,30 @@ def _published(methods: list[str] | None) -> str:
 def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict and the sentence that goes with it."""
     if not line["seeds"]:
-        return MISSING, f"{line['row']} and {line['minus']} were not both run with the same seed."
+        return MISSING, f"{line['row']} and {line['minus']} were not all run with the same seed."
     measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
     if line["seeds"] == 1:
         return ONE_SEED, f"These two networks differ by {measured}; {_one_seed(line)}"
-    found = pd.notna(line["p (Holm)"]) and line["p (Holm)"] <= LEVEL
-    above = found and line["R@1 difference"] > 0
+    verdict = _decided(line["R@1 difference"], line["p (Holm)"], line["p (equal)"])
     measured += f" over {line['seeds']} seeds, corrected [{line['low (Holm)']:.1f}, {line['high (Holm)']:.1f}]"
     if expected := claim.get("expected"):
-        return _control(expected, found, above, measured)
-    if above:
-        return HOLDS, f"{measured}: better by more than the noise."
-    if found:
-        return FAILS, f"{measured}: worse by more than the noise."
-    if line["p"] <= LEVEL:
-        return UNCLEAR, f"{measured}: more than the noise of one comparison, but not of all in this table."
-    return UNCLEAR, f"{measured}: this is within the noise."
+        return _control(expected, verdict, measured)
+    words = {
+        HOLDS: "better by more than the noise.",
+        FAILS: "worse by more than the noise.",
+        EQUAL: "the difference is shown to be below 1 point.",
+        OPEN: "this is within the noise, and the noise is too large to call them equal.",
+    }[verdict]
+    if verdict == OPEN and line["p"] <= LEVEL:
+        words = "more than the noise of one comparison, but not of all in this table."
+    return verdict, f"{measured}: {words}"
+
+
+def _decided(difference: float, p_different: float, p_equal: float) -> str:
+    """The verdict on a difference by its corrected p values."""
+    if p_different <= LEVEL:
+        return HOLDS if difference > 0 else FAILS
+    return EQUAL if p_equal <= LEVEL else OPEN
 
 
 def _one_seed(line: dict[str, Any]) -> str:
@@ -182,13 +201,13 @@ def _one_seed(line: dict[str, Any]) -> str:
     )
 
 
-def _control(expected: str, found: bool, above: bool, measured: str) -> tuple[str, str]:
-    side = "above" if above else "below" if found else "neither above nor below"
-    if side == expected or (expected == "not above" and not above):
+def _control(expected: str, verdict: str, measured: str) -> tuple[str, str]:
+    side = {HOLDS: "above", FAILS: "below"}.get(verdict, "neither above nor below")
+    if side == expected or (expected == "not above" and side != "above"):
         return AS_EXPECTED, f"{measured}: {side} by more than the noise."
-    if found:
+    if verdict in (HOLDS, FAILS):
         return UNEXPECTED, f"{measured}: {side}, where it must be {expected}."
-    return UNCLEAR, f"{measured}: {side} by more than the noise."
+    return OPEN, f"{measured}: {side} by more than the noise."
 
 
 def rows_paired_table(results: Results, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
@@ -234,16 +253,18 @@ def corrected_columns(family: Sequence[RowComparison | None]) -> pd.DataFrame:
     """Holm's correction of a family of comparisons; empty without p values.
 
     Returns:
-        One line per comparison: `p (Holm)`, and `low (Holm)` and `high (Holm)`, the interval in points of R@1 at the
+        One line per comparison: `p (Holm)`, and `low (Holm)` and `high (Holm)`, the interval in points at the
         confidence level of the comparison in Holm's method (`fmfa.evaluation.statistics.holm_levels`), which leaves
-        zero out just where `p (Holm)` is at most 0.05.
+        zero out just where `p (Holm)` is at most 0.05; and `p (equal)`, of the equivalence within `MARGIN`, corrected
+        in the same way.
     """
-    table = pd.DataFrame(np.nan, index=range(len(family)), columns=["p (Holm)", "low (Holm)", "high (Holm)"])
+    columns = ["p (Holm)", "low (Holm)", "high (Holm)", "p (equal)"]
+    table = pd.DataFrame(np.nan, index=range(len(family)), columns=columns)
     known = [(place, one) for place, one in enumerate(family) if one and not np.isnan(one.p_value)]
-    p_values = [one.p_value for _, one in known]
-    for (place, one), p, level in zip(known, holm(p_values), holm_levels(p_values), strict=True):
+    p_values, equal = [one.p_value for _, one in known], holm([one.equivalence(MARGIN) for _, one in known])
+    for (place, one), p, level, same in zip(known, holm(p_values), holm_levels(p_values), equal, strict=True):
         interval = one.interval(level)
-        table.loc[place] = p, 100 * interval.low, 100 * interval.high
+        table.loc[place] = p, 100 * interval.low, 100 * interval.high, same
     return table
 
 

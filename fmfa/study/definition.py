@@ -19,6 +19,7 @@ from fmfa.files import PROJECT, read_json
 RUNS = "runs"
 SIMPEDES = "SimPEDES"
 _NOT_PARAMETERS = ("core", "over", "seeds")
+_DATA = ("dataset", "root", "scale", "data_seed")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """The parameters that name the data set that is trained on, shared by notebooks 01, 02 and 03."""
-        return {name: self.parameters[name] for name in ("dataset", "root", "scale") if name in self.parameters}
+        return {name: self.parameters[name] for name in _DATA if name in self.parameters}
 
     @property
     def tested(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class Study:
 
     def data_step(self, data: Mapping[str, Any]) -> str:
         """Where a data set's notebook lies, without ending: `runs/SCALE/data-SimPEDES-street-small`."""
-        return "-".join([f"{self.folder}/data", data["dataset"], *filter(None, [data.get("scale")])])
+        words = [str(data[name]) for name in ("scale", "data_seed") if data.get(name)]
+        return "-".join([f"{self.folder}/data", data["dataset"], *words])
 
     def find(self, folder: str) -> Run:
         """The run or cross-domain evaluation of a folder; KeyError where the study has none."""
@@ -137,7 +139,7 @@ def read_study(config: Mapping[str, Any]) -> Study:
             for seed in range(_seeds(row, settings, definition["seeds"])):
                 weights = _weights(definition, row.parameters["method"])
                 kept = {"keep_epochs": True} if row.name in settings["keep_epochs"] else {}
-                data = {"dataset": dataset, **roots[dataset]}
+                data = {"dataset": dataset, **roots[dataset]} | ({"data_seed": seed} if settings["fresh"] else {})
                 parameters = {**data, **shared, **kept, **weights, **row.parameters, "seed": seed}
                 folder = f"{results}/{row.name}-{seed}"
                 run = Run(folder, results, row.name, seed, parameters, test=settings["test"])
@@ -361,6 +363,7 @@ class _Scale(BaseModel, extra="forbid"):
     shown: _Words = []
     keep_epochs: _Words = []
     data: _Parameters = {}
+    fresh: bool = False
     test: _Parameters = {}
     train: _Parameters = {}
     cross: _Cross = _Cross()

@@ -552,22 +552,26 @@ class Rows:
         """Mean of a row with its 95 % interval over seeds and identities, as fractions."""
         return hierarchical_interval(self.values(row, metric), self.identity, np.random.default_rng(seed))
 
-    def pair(self, first: Hashable, second: Hashable) -> tuple[np.ndarray, np.ndarray] | None:
-        """Values of two rows for the seeds that both have; None where a row was not run or no seed is shared."""
-        if not {first, second} <= set(self.names):
-            return None
-        seeds = [sorted(self.runs.get(row, ())) for row in (first, second)]
-        trained = [set(found) for found in seeds if found]
-        shared = set.intersection(*trained) if trained else set()
-        sides = [
-            self.values(row)[[seed in shared for seed in found] if found else [0]]
-            for row, found in zip((first, second), seeds, strict=True)
-        ]
-        return (sides[0], sides[1]) if len(sides[0]) and len(sides[1]) else None
+    def pair(self, first: Hashable, second: Hashable, metric: str = "R@1") -> tuple[np.ndarray, np.ndarray] | None:
+        """Values of two rows for the seeds that both have; None where a row was not run or no seed is shared.
 
-    def compare(self, first: Hashable, second: Hashable, seed: int = 0) -> RowComparison | None:
-        """Compare two rows, `first` minus `second`, over the seeds that both have; None as in `pair`."""
-        found = self.pair(first, second)
+        Several names in one text, "asdm, fmfa", are the mean of these rows: the main effect of a factorial design.
+        """
+        sides = [side.split(", ") if isinstance(side, str) else [side] for side in (first, second)]
+        if not {*sides[0], *sides[1]} <= set(self.names):
+            return None
+        trained = [set(self.runs[row]) for row in (*sides[0], *sides[1]) if row in self.runs]
+        shared = set.intersection(*trained) if trained else set()
+        means = [np.mean([self._shared(row, shared, metric) for row in side], axis=0) for side in sides]
+        return (means[0], means[1]) if len(means[0]) and len(means[1]) else None
+
+    def _shared(self, row: Hashable, seeds: set[int], metric: str) -> np.ndarray:
+        kept = [seed in seeds for seed in sorted(self.runs[row])] if row in self.runs else [True]
+        return self.values(row, metric)[kept]
+
+    def compare(self, first: Hashable, second: Hashable, metric: str = "R@1", seed: int = 0) -> RowComparison | None:
+        """Compare two rows or means of rows, `first` minus `second`, over the seeds that all have; see `pair`."""
+        found = self.pair(first, second, metric)
         return compare_rows(*found, self.identity, np.random.default_rng(seed)) if found else None
 
 

@@ -39,7 +39,7 @@ class TrainConfig:
     objectives: str = setting("", 'changes to the losses, such as "asdm_alpha=5 efa=0", of ivt "loss=sdm tau=0.02"')
     dataset: str = setting("", 'SimPEDES-street, CUHK-PEDES, ... or your own name; "" = what the file at root says')
     root: str = setting("", 'folder of the data set, relative to where the command is given; "" makes SimPEDES')
-    scale: Literal["tiny", "small", "standard", "large"] = setting("small", "of SimPEDES without a root")
+    scale: Literal["tiny", "small", "standard", "large", "wide"] = setting("small", "of SimPEDES without a root")
     data_seed: Seed = setting(0, "of SimPEDES without a root, and of held-out identities")
     drop_empty_captions: bool = setting(False, "leave captions without a word out, which are refused otherwise")
     backbone: str = setting("", 'model name or configuration; "" = the data set\'s')
@@ -61,8 +61,10 @@ class TrainConfig:
     beta2: float = setting(0.999, "Adam's mean of squared gradients", ge=0, le=0.999999)
     momentum: float = setting(0.9, "of SGD", ge=0, le=0.999999)
     factors: Literal["", "irra", "ivt", "flat"] = setting("", 'rate factors; "" = the preset\'s')
-    schedule: Literal["", "warmup_cosine", "ivt", "ivt_from_1", "constant"] = setting("", '"" = the preset\'s')
-    warmup_epochs: Open = setting(-1, "-1 = the preset's")
+    schedule: Literal["", "warmup_cosine", "ivt", "ivt_from_1", "linear", "constant"] = setting(
+        "", '"" = the preset\'s'
+    )
+    warmup_epochs: float = setting(-1.0, "-1 = the preset's; by parts of an epoch for linear alone", ge=-1)
     warmup_factor: float = setting(0.1, "first epoch's rate by base rate; not for ivt", ge=0, le=1)
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "of the forward pass")
     accumulate: Positive = setting(1, "batches summed into one step")
@@ -87,7 +89,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Take any spelling for the data set's; check what limits cannot say."""
         object.__setattr__(self, "dataset", canonical_name(self.dataset))
-        for name in ("weight_decay", "mask_image", "mask_text"):
+        for name in ("weight_decay", "mask_image", "mask_text", "warmup_epochs"):
             if -1 < getattr(self, name) < 0:
                 raise ConfigError(f"{name}: should be -1 or from 0, found {getattr(self, name)}")
         if self.position_grid and self.grid is None:

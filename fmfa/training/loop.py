@@ -142,7 +142,6 @@ class TrainingLoop:
     def _epoch(self) -> None:
         config, progress = self.config, self.progress
         epoch, count = progress.epoch, self.batches.count(progress.epoch)
-        set_learning_rate(self.optimizer, config, epoch)
         self.prepared.train()
         shown = self.accelerator.is_main_process
         title = f"epoch {epoch + 1}/{config.epochs}"
@@ -151,6 +150,7 @@ class TrainingLoop:
             read = self.batches.read(epoch, progress.batch) if progress.batch < count else ()
             for group in _groups(read, config.accumulate):
                 begun = time.perf_counter()
+                set_learning_rate(self.optimizer, config, epoch + progress.batch / count)
                 self._step(group)
                 progress.step += 1
                 progress.batch += len(group)

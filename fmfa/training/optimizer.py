@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam (decay added to the gradient, as in the papers), AdamW or SGD over `parameter_groups`.
 
-    `config` is resolved. The rates are those of epoch 0; `set_learning_rate` changes them by epoch.
+    `config` is resolved. The rates are those of the first step; `set_learning_rate` changes them.
 
     Raises:
         TrainingError: nothing in the model can be trained.
@@ -75,9 +75,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return optimizer
 
 
-def learning_rate(config: TrainConfig, epoch: int, factor: float = 1.0) -> float:
-    """Learning rate of epoch `epoch` (from 0) for a group with `factor`, by the configured schedule."""
-    base = config.learning_rate * factor
+def learning_rate(config: TrainConfig, time: float, factor: float = 1.0) -> float:
+    """Learning rate after `time` epochs for a group with `factor`; "linear" changes by step, the others by epoch."""
+    base, epoch = config.learning_rate * factor, math.floor(time)
+    if config.schedule == "linear":
+        rising = config.warmup_factor + (1 - config.warmup_factor) * time / max(config.warmup_epochs, 1e-9)
+        falling = (config.epochs - time) / max(config.epochs - config.warmup_epochs, 1e-9)
+        return base * (rising if time < config.warmup_epochs else falling)
     if config.schedule in ("ivt", "ivt_from_1"):
         epoch += config.schedule == "ivt_from_1"
         return ivt_cosine(epoch, base=base, epochs=config.epochs, warmup_epochs=config.warmup_epochs)
@@ -91,10 +95,10 @@ def learning_rate(config: TrainConfig, epoch: int, factor: float = 1.0) -> float
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epoch: int) -> None:
-    """Give every parameter group its rate of `epoch`."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, time: float) -> None:
+    """Give every parameter group its rate after `time` epochs."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch, group["factor"])
+        group["lr"] = learning_rate(config, time, group["factor"])
 
 
 def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: int = 5, warmup_factor: float = 0.1) -> float:

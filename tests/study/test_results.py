@@ -216,7 +216,7 @@ def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
 def test_claims_get_their_verdicts(results):
     table = claims_table(read_results(results)).set_index(["row", "minus"])
     assert table.loc[("irra", "clip"), "verdict"] == "holds"
-    assert table.loc[("fmfa", "irra"), "verdict"] == "cannot be told apart"
+    assert table.loc[("fmfa", "irra"), "verdict"] == "open"
     assert table.loc[("asdm", "irra"), "verdict"] == "does not hold"
     assert table.loc[("fmfa", "asdm"), "verdict"] == "holds"
     assert table.loc[("sdm-efa", "irra"), "verdict"] == "one seed: no verdict"
@@ -228,7 +228,7 @@ def test_claims_get_their_verdicts(results):
     assert table.loc[~known, ["p (Holm)", "low (Holm)", "high (Holm)"]].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("kind", ["claims", "controls", "oracles", "forms"])
+@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "forms"])
 def test_corrected_intervals_leave_zero_out_just_where_there_is_a_verdict(kind):
     table = claims_table(committed(), kind=kind)
     several = table[table["seeds"] > 1]
@@ -254,7 +254,7 @@ def test_the_answer_in_short_counts_every_claim(results, tmp_path):
     assert text.startswith(f"SimPEDES-street, {PEOPLE * QUERIES} queries of {PEOPLE} identities, 1 to 4 seeds per row.")
     assert "Of 20 claims of the papers 2 hold (IRRA beats plain CLIP fine-tuning; EFA helps A-SDM)" in text
     assert "1 does not hold (A-SDM beats SDM)" in text
-    assert "1 cannot be told apart" in text
+    assert "is open" in text
     assert "2 have one seed and no verdict" in text
     assert "14 were not run; corrected for the number of claims (Holm, 5 %). One seed is one draw" in text
     assert (
@@ -270,7 +270,7 @@ def test_results_of_another_folder_lie_beside_the_shipped_ones(results):
     assert plot_claims(shipped.assign(seeds=0)) is None
     figure = plot_claims(shipped, own, "mine")
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[:3] == ["holds", "does not hold", "cannot be told apart"]
+    assert texts[:3] == ["holds", "does not hold", "open"]
     assert "mine: 1 seed, one draw" in texts
     beside = next(line for line in figure.axes[0].lines if line.get_label() == "mine: 1 seed, one draw")
     drawn = dict(zip(shipped["claim"], beside.get_xdata(), strict=True))
@@ -335,13 +335,13 @@ def test_controls_and_oracles_get_theirs(results):
         write_run(results, f"shuffled-pairs-{seed}", draw(0.1, seed))
         write_run(results, f"weak-loss-{seed}", draw(0.31, seed))
     table = claims_table(read_results(results), kind="controls").set_index("row")
-    assert list(table.loc[["shuffled-pairs", "weak-loss"], "verdict"]) == ["as it must be", "cannot be told apart"]
+    assert list(table.loc[["shuffled-pairs", "weak-loss"], "verdict"]) == ["as it must be", "open"]
     for seed in range(4):
         evaluate(results / f"shuffled-pairs-{seed}", {"queries-test": queries(draw(0.7, seed))})
     table = claims_table(read_results(results), kind="controls").set_index("row")
     assert table.loc["shuffled-pairs", "verdict"] == "not as it must be"
     assert (claims_table(read_results(results), kind="oracles")["verdict"] == "not run").all()
-    with pytest.raises(ConfigError, match="claims, controls, oracles"):
+    with pytest.raises(ConfigError, match="claims, parts, controls, oracles"):
         claims_table(read_results(results), kind="wishes")
 
 
