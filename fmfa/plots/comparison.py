@@ -16,7 +16,7 @@ from fmfa.study.power import gains_of_fmfa, power_table
 from fmfa.study.results import Results, references
 
 STYLES = (":", "-.", "--", (0, (1, 3)), (0, (8, 2)))
-MARKERS = ("o", "s", "D", "^", "v")
+MARKERS = ("o", "s", "D", "P", "^", "v")
 
 
 def plot_comparison(results: Results, split: str = "test", seed: int = 0) -> Figure:

@@ -101,7 +101,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, tim
         group["lr"] = learning_rate(config, time, group["factor"])
 
 
-def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: int = 5, warmup_factor: float = 0.1) -> float:
+def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: float = 5, warmup_factor: float = 0.1) -> float:
     """Factor on the base learning rate: linear warm-up, then a cosine that starts where the warm-up ends.
 
     `epoch` counts from 0. Epoch e < `warmup_epochs` has `warmup_factor` + (1 - `warmup_factor`) *
@@ -119,7 +119,7 @@ def ivt_cosine(
     *,
     base: float,
     epochs: int = 120,
-    warmup_epochs: int = 5,
+    warmup_epochs: float = 5,
 ) -> float:
     """Learning rate (not a factor) of IVT's released recipe, for a parameter group with rate `base`.
 

@@ -126,7 +126,7 @@ def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
     assert told_table("## Levels") == told
-    kinds = ("claims", "controls", "oracles", "forms")
+    kinds = ("claims", "parts", "controls", "oracles", "forms")
     claims = pd.concat([claims_table(committed(), kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
     told = told_table("## Claims")
@@ -214,9 +214,10 @@ def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
 
 
 def test_claims_get_their_verdicts(results):
-    table = claims_table(read_results(results)).set_index(["row", "minus"])
-    assert table.loc[("irra", "clip"), "verdict"] == "holds"
-    assert table.loc[("fmfa", "irra"), "verdict"] == "open"
+    read = read_results(results)
+    table = pd.concat([claims_table(read, kind=kind) for kind in ("claims", "parts")]).set_index(["row", "minus"])
+    assert table.loc[("irra", "clip"), ["verdict", "verdict by mAP"]].tolist() == ["holds", "holds"]
+    assert table.loc[("fmfa", "irra"), "verdict"] == "equal within 1 point"  # the same hits
     assert table.loc[("asdm", "irra"), "verdict"] == "does not hold"
     assert table.loc[("fmfa", "asdm"), "verdict"] == "holds"
     assert table.loc[("sdm-efa", "irra"), "verdict"] == "one seed: no verdict"
@@ -226,6 +227,35 @@ def test_claims_get_their_verdicts(results):
     known = table["p"].notna()
     assert (table.loc[known, "p (Holm)"] >= table.loc[known, "p"]).all()
     assert table.loc[~known, ["p (Holm)", "low (Holm)", "high (Holm)"]].isna().all(axis=None)
+
+
+def test_the_mean_of_rows_is_compared_seed_by_seed(tmp_path):
+    shares = {"ivt": 0.6, "ivt-no-bmm": 0.55, "ivt-no-mla": 0.4, "ivt-base": 0.3}
+    for row, share in shares.items():
+        for seed in range(3 + (row == "ivt")):  # a seed that only one row has is left out
+            write_run(tmp_path, f"{row}-{seed}", draw(share, seed), method="ivt")
+    rows = read_results(tmp_path).rows("test")
+    first, second = rows.pair("ivt, ivt-no-bmm", "ivt-no-mla, ivt-base")
+    hits = {row: np.stack([draw(share, seed) for seed in range(3)]) for row, share in shares.items()}
+    np.testing.assert_allclose(first, (hits["ivt"] + hits["ivt-no-bmm"]) / 2)
+    np.testing.assert_allclose(second, (hits["ivt-no-mla"] + hits["ivt-base"]) / 2)
+    assert rows.pair("ivt, fmfa", "ivt-base") is None
+    table = claims_table(read_results(tmp_path)).set_index("claim")
+    assert table.loc["MLA helps.", "seeds"] == 3
+    assert table.loc["MLA helps.", "R@1 difference"] == pytest.approx(100 * (first - second).mean())
+
+
+def test_rows_that_hardly_differ_are_equal_within_a_point(tmp_path):
+    generator = np.random.default_rng(0)
+    hits = (generator.random(len(IDENTITY)) < 0.5) * 1
+    for seed in range(4):
+        flipped = hits.copy()
+        flipped[seed] ^= seed == 0
+        write_run(tmp_path, f"irra-{seed}", flipped)
+        write_run(tmp_path, f"fmfa-{seed}", hits)
+    line = claims_table(read_results(tmp_path)).set_index("claim").loc["FMFA beats IRRA."]
+    assert line["verdict"] == line["verdict by mAP"] == "equal within 1 point"
+    assert line["p (equal)"] <= 0.05 < line["p (Holm)"]
 
 
 @pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "forms"])
@@ -251,12 +281,9 @@ def test_rows_against_the_baseline_have_corrected_intervals_too(results):
 
 def test_the_answer_in_short_counts_every_claim(results, tmp_path):
     text = claims_in_short(read_results(results), claims_table(read_results(results)))
-    assert text.startswith(f"SimPEDES-street, {PEOPLE * QUERIES} queries of {PEOPLE} identities, 1 to 4 seeds per row.")
-    assert "Of 20 claims of the papers 2 hold (IRRA beats plain CLIP fine-tuning; EFA helps A-SDM)" in text
-    assert "1 does not hold (A-SDM beats SDM)" in text
-    assert "is open" in text
-    assert "2 have one seed and no verdict" in text
-    assert "14 were not run; corrected for the number of claims (Holm, 5 %). One seed is one draw" in text
+    assert text.startswith(f"SimPEDES-street, {PEOPLE * QUERIES} queries of {PEOPLE} identities, 4 seeds per row.")
+    assert "papers 2 hold (IRRA beats plain CLIP fine-tuning; FMFA beats plain CLIP fine-tuning), 1 is equal" in text
+    assert "10 were not run; corrected for the number of claims (Holm, 5 %)." in text
     assert (
         claims_in_short(read_results(tmp_path / "nothing"), claims_table(read_results(tmp_path)))
         == "no run was evaluated."
@@ -345,7 +372,7 @@ def test_controls_and_oracles_get_theirs(results):
         claims_table(read_results(results), kind="wishes")
 
 
-@pytest.mark.parametrize("kind", ["claims", "controls", "oracles"])
+@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles"])
 def test_the_definitions_of_claims_are_complete(kind):
     claims = read_claims(kind)
     assert len({(claim["row"], claim["minus"]) for claim in claims}) == len(claims)
