@@ -11,22 +11,23 @@ import re
 import shlex
 import sys
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar
 
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model
 
 import fmfa.errors
 from fmfa.errors import ConfigError, nearest, told
@@ -37,11 +38,6 @@ QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connectio
 # A kernel ends with a killed runner by itself, but not while it starts.
 BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
-FOLDERS = ("root", "cache", "run", "runs", "folder", "gallery", "export", "results", "tuning", "away")
-"""Parameters that are paths."""
-FILES = ("weights", "text_weights", "backbone", "vocabulary")
-"""Parameters that are paths or names of something that is fetched."""
-PLAIN_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list)}
 Config = TypeVar("Config")
 
 
@@ -68,14 +64,14 @@ def run_notebook(
         notebook: the notebook to run; it is not changed.
         output: where the executed notebook goes (`.ipynb`); folders are made. Kept on failure, up to and
             including the cell that failed.
-        parameters: values for the cell tagged `parameters`; see `convert_value`. Relative paths
+        parameters: values for the cell tagged `parameters`; see `resolve_parameters`. Relative paths
             among them start in this process' working folder; those of the defaults in the notebook's folder.
         timeout: seconds that a single cell may take; None for no limit.
         html: export the executed notebook as HTML.
 
     Returns:
-        The record: notebook, output, html, status ("finished"), error (None), started, finished (UTC),
-        given (the parameters as given), parameters (all of them, resolved), kernel_starts.
+        The record: notebook, output, status ("finished"), error (None), started, finished (UTC), given (the
+        parameters as given), parameters (all of them, resolved).
 
     Raises:
         ConfigError: unknown parameter, value of another type, or `output` is not a notebook of its own or cannot be
@@ -90,14 +86,12 @@ def run_notebook(
     record: dict[str, Any] = {
         "notebook": str(notebook),
         "output": str(output),
-        "html": None,
         "status": "running",
         "error": None,
         "started": _now(),
         "finished": None,
         "given": given,
         "parameters": resolved,
-        "kernel_starts": 0,
     }
     with said_plainly(f"{output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +99,7 @@ def run_notebook(
             stale.unlink(missing_ok=True)
         write_json(status_path(output), record)
     try:
-        _execute(record, timeout)
+        _execute(notebook, output, {name: resolved[name] for name in given}, timeout)
         record["status"] = "finished"
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -115,8 +109,7 @@ def run_notebook(
         record["finished"] = _now()
         write_json(status_path(output), record)
         if html and output.exists():
-            record["html"] = str(_export_html(output))
-            write_json(status_path(output), record)
+            _export_html(output)
     return record
 
 
@@ -164,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.help_parameters:
-            print_parameters(notebook_parameters(options.notebook).values())
+            print_parameters(notebook_parameters(options.notebook))
             return 0
         os.environ["TQDM_DISABLE"] = "1"  # also for the kernel, whose bars would fill the notebook
         if options.in_place:
@@ -174,61 +167,49 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.output is None:
             parser.error("the output is missing")
-        given = given_parameters(options)
-        done = run_notebook(options.notebook, options.output, given, timeout=options.timeout)
+        record = run_notebook(options.notebook, options.output, given_parameters(options), timeout=options.timeout)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # cell, kernel, time limit
         told = getattr(error, "evalue", error) if _is_ours(error) else error
-        record = "" if options.in_place else f"\nrecord: {status_path(options.output)}"
-        print(f"error: {told}{record}", file=sys.stderr)
+        where = "" if options.in_place else f"\nrecord: {status_path(options.output)}"
+        print(f"error: {told}{where}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {options.output or options.notebook} cannot be written: {error}", file=sys.stderr)
         return 1
-    print(done["html"])
+    print(Path(record["output"]).with_suffix(".html"))
     return 0
 
 
-def _execute(record: dict[str, Any], timeout: int | None) -> None:
-    notebook, output = Path(record["notebook"]), Path(record["output"])
+def _execute(notebook: Path, output: Path, given: Mapping[str, Any], timeout: int | None) -> None:
     # papermill fills in `{name}` within paths, so braces of real folders are doubled
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]
-    while True:
-        record["kernel_starts"] += 1
-        try:
-            papermill.execute_notebook(
-                *paths,
-                {name: record["parameters"][name] for name in record["given"]},
-                kernel_name=KERNEL,
-                language="python",
-                cwd=notebook.parent,
-                progress_bar=False,
-                start_timeout=START_TIMEOUT,
-                execution_timeout=timeout,
-                extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],
-            )
-            return
-        except RuntimeError:  # of a kernel; a failing cell is a PapermillExecutionError
-            if record["kernel_starts"] > 1 or _any_cell_started(output):
-                raise
+    execute = partial(
+        papermill.execute_notebook,
+        *paths,
+        dict(given),
+        kernel_name=KERNEL,
+        language="python",
+        cwd=notebook.parent,
+        progress_bar=False,
+        start_timeout=START_TIMEOUT,
+        execution_timeout=timeout,
+        extra_arguments=[QUIET_KERNEL, BOUND_KERNEL.format(os.getpid())],
+    )
+    try:
+        execute()
+    except DeadKernelError:  # in a cell
+        raise
+    except RuntimeError:  # the kernel did not start
+        execute()
 
 
-def _any_cell_started(output: Path) -> bool:
-    if not output.exists():
-        return False
-    # Not the cells' "status": papermill sets it to "completed" when the kernel never started.
-    cells = nbformat.read(output, as_version=4).cells
-    return any(cell.metadata.get("papermill", {}).get("start_time") for cell in cells)
-
-
-def _export_html(output: Path) -> Path:
+def _export_html(output: Path) -> None:
     page, _ = HTMLExporter(embed_images=True).from_filename(str(output))
-    target = output.with_suffix(".html")
-    with whole_file(target) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return target
+    with whole_file(output.with_suffix(".html")) as partial_page:
+        partial_page.write_text(page, encoding="utf-8")
 
 
 def _is_ours(error: Exception) -> bool:
@@ -259,23 +240,105 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read or holds no mapping.
     """
-    return _from_file(options.file) | dict(options.pairs)
+    values: dict[str, Any] = {}
+    if options.file is not None:
+        try:
+            values = yaml.safe_load(Path(options.file).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read parameters from {options.file}: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{options.file} holds a {type(values).__name__}; expected lines `name: value`")
+    return values | dict(options.pairs)
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One line `name: type = literal  # help` of a parameters cell."""
-
-    name: str
-    type: type
-    default: str | int | float | bool | list
-    help: str
+def _path(value: str) -> str:
+    return os.path.abspath(os.path.expanduser(value)) if value else value
 
 
-def print_parameters(parameters: Iterable[Parameter]) -> None:
+def _path_or_name(value: str) -> str:
+    path = os.path.expanduser(value)
+    there = os.path.isfile(path) or (os.sep in path and os.path.isdir(path))
+    return os.path.abspath(path) if there and os.path.realpath(path) != str(PROJECT / path) else path
+
+
+def _runs_folder(path: str) -> str:
+    if path and not Path(path).is_dir():
+        raise ValueError(f"{path} is no folder; expected a folder with one folder per run, as `make study` writes")
+    return path
+
+
+_Path = Annotated[str, AfterValidator(_path)]
+_PathOrName = Annotated[str, AfterValidator(_path_or_name)]
+_RunsFolder = Annotated[_Path, AfterValidator(_runs_folder)]
+_Count = Annotated[int, Field(ge=0)]
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("root", "cache", "run", "folder", "gallery", "export", "tuning"), _Path),
+    **dict.fromkeys(("weights", "text_weights", "backbone", "vocabulary"), _PathOrName),
+    "runs": list[_Path],
+    "results": _RunsFolder,
+    "away": list[_RunsFolder],
+    "scale": Literal["", "tiny", "small", "standard", "large"],
+    "split": Literal["train", "val", "test"],
+    "seed": _Count,
+    "data_seed": Annotated[int, Field(ge=-1)],
+    "queries": Annotated[int, Field(ge=1, le=20)],
+    "k": Annotated[int, Field(ge=1, le=100)],
+    "phrases": _Count,
+    "counterfactuals": _Count,
+    "pair": Annotated[int, Field(ge=0, le=23)],  # the smallest scale tests on 24 people
+}
+"""What the parameters of this name are in every notebook, where their type does not say it.
+
+Paths come out absolute: `~` is the user's home, a relative one starts in this process' working folder. What may also
+be the name of something that is fetched stays as it is where no such file is there, or the file is the project's, so
+that records are the same anywhere.
+"""
+TYPES: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "list": yaml.safe_load,
+}
+"""The types of parameters, and how text is read as one."""
+
+
+def _from_text(kind: type, value: Any) -> Any:
+    """Text (from a command line, or YAML's `1e-5`) read as a value of `kind`; all else, and other text, as it is."""
+    if type(value) is not str:
+        return value
+    if re.search("[\ud800-\udfff]", value):  # as a shell gives bytes that are not UTF-8; no record can take them
+        raise ValueError("should be valid Unicode")
+    try:
+        return TYPES[kind.__name__](value)
+    except (ValueError, KeyError, yaml.YAMLError):
+        return value
+
+
+class Parameters(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """The parameters of a parameters cell, of the types that it declares and the `KINDS`, without guessing."""
+
+    @property
+    def model(self) -> dict[str, str | int]:
+        """What is said of the model of a weight file that does not record it, for `fmfa.systems.load_system`."""
+        names = ("vocabulary", "backbone", "image_height", "image_width", "stride", "position_grid")
+        return {name: getattr(self, name) for name in names}
+
+
+def declare_parameters(defaults: Mapping[str, tuple[Any, str]]) -> type[Parameters]:
+    """The parameters by name: default, whose type every value has, and help."""
+    declared: dict[str, Any] = {}
+    for name, (default, words) in defaults.items():
+        kind = type(default)
+        read = BeforeValidator(partial(_from_text, kind))
+        declared[name] = Annotated[KINDS.get(name, kind), read], Field(default, description=words)
+    return create_model("Parameters", __base__=Parameters, **declared)
+
+
+def print_parameters(declared: type[Parameters]) -> None:
     """Print one line `name: type = default  # help` per parameter, and where paths start."""
-    for parameter in parameters:
-        print(f"{parameter.name}: {parameter.type.__name__} = {parameter.default!r}  # {parameter.help}")
+    for name, field in declared.model_fields.items():
+        print(f"{name}: {type(field.default).__name__} = {field.default!r}  # {field.description}")
     print("# A relative path that you give starts where you are; ~ is your home folder.")
 
 
@@ -303,19 +366,7 @@ def in_project(value: Any) -> str:
     return os.path.relpath(text, PROJECT) if inside else text
 
 
-def _from_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read parameters from {path}: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines `name: value`")
-    return values or {}
-
-
-def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
+def notebook_parameters(notebook: str | Path) -> type[Parameters]:
     """Parameters that a notebook declares in its one cell tagged `parameters`; none without such a cell.
 
     Raises:
@@ -332,12 +383,12 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     if len(tagged) > 1:
         raise ConfigError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; keep one")
     try:
-        return read_parameters(tagged[0]) if tagged else {}
+        return read_parameters("".join(tagged))
     except ConfigError as error:
         raise ConfigError(f"{notebook}, parameters cell: {error}") from None
 
 
-def read_parameters(source: str) -> dict[str, Parameter]:
+def read_parameters(source: str) -> type[Parameters]:
     """Parse the source of a parameters cell: lines `name: type = literal  # help` and comments, no more.
 
     Types are str, int, float, bool and list (of those), because papermill neither sees nor converts
@@ -351,62 +402,53 @@ def read_parameters(source: str) -> dict[str, Parameter]:
     except SyntaxError as error:
         raise ConfigError(f"not valid Python ({error})") from None
     lines = source.encode().splitlines()
-    parameters: dict[str, Parameter] = {}
+    defaults: dict[str, tuple[Any, str]] = {}
     for node in body:
         comment = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :].decode().strip().lstrip("# ")
-        parameter = _read_line(node, comment)
-        if parameter is None:
-            types = ", ".join(PLAIN_TYPES)
-            line = ast.unparse(node)
-            raise ConfigError(f"{line!r} is not of the form `name: type = literal  # help` with a type of {types}")
-        if parameter.name in parameters:
-            raise ConfigError(f"{parameter.name} is declared twice")
-        parameters[parameter.name] = parameter
-    return parameters
+        match node:
+            case ast.AnnAssign(target=ast.Name(name), annotation=ast.Name(kind), value=ast.expr() as value) if (
+                comment and kind in TYPES and type(default := _literal(value)).__name__ == kind
+            ):
+                if name in defaults:
+                    raise ConfigError(f"{name} is declared twice")
+                defaults[name] = default, comment
+            case _:
+                form = f"`name: type = literal  # help` with a type of {', '.join(TYPES)}"
+                raise ConfigError(f"{ast.unparse(node)!r} is not of the form {form}")
+    return declare_parameters(defaults)
 
 
-def convert_value(parameter: Parameter, value: Any) -> str | int | float | bool | list:
-    """Convert a value to a parameter's declared type, without guessing.
-
-    Text (from a command line, or YAML's `1e-5`) is read as the declared type: booleans as `true` or
-    `false`, lists as YAML (`[1, 2]`). Other values must have the type already; an int is taken for a float.
-    Elements of a list are converted to the type of the default's first element, if there is one.
-
-    Paths (`FOLDERS`, and of `FILES` what is there) come out absolute: `~` is the user's home, a relative path starts in
-    this process' working folder. A file of the project keeps its path within it, so that records are the same anywhere.
-
-    Raises:
-        ConfigError: the value does not have the declared type and is no text of it, is not finite, or holds half a
-            surrogate pair (as a shell gives bytes that are not UTF-8), which no record can take.
-    """
-    kind = parameter.type
-    if type(value) is str and kind is not str:
-        value = _from_text(kind, value, parameter)
+def _literal(node: ast.expr) -> Any:
     try:
-        value = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
-    except ValidationError:
-        raise _mismatch(parameter, value) from None
-    if kind is str and re.search("[\ud800-\udfff]", value):
-        raise ConfigError(f"{parameter.name} is {value!r}, which is not valid Unicode: {parameter.help}")
-    if isinstance(parameter.default, list) and parameter.default:
-        element = Parameter(f"{parameter.name}[]", type(parameter.default[0]), "", parameter.help)
-        value = [convert_value(element, item) for item in value]
-    return _absolute(parameter.name, value)
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
 
 
-def resolve_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The complete parameters of a run: converted `given` values, defaults for the others.
+def resolve_parameters(declared: type[Parameters], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete parameters of a run: `given` values, defaults for the others.
+
+    Text is read as the declared type: booleans as `true` or `false`, lists as YAML (`[1, 2]`). Other values must have
+    the type already; an int is taken for a float.
+
     Raises:
-        ConfigError: a name that is not declared (the valid ones are listed), or see `convert_value`.
+        ConfigError: a name that is not declared (the valid ones are listed), a value that does not have the declared
+            type and is no text of it, is not finite or not valid Unicode, or is none of `KINDS`.
     """
+    names = declared.model_fields
     for name in given:
-        if name not in declared:
-            valid = ", ".join(declared) or "none"
-            raise ConfigError(f"unknown parameter {name!r}; {nearest(name, declared)}valid are {valid}")
-    return {
-        name: convert_value(parameter, given[name]) if name in given else parameter.default
-        for name, parameter in declared.items()
-    }
+        if name not in names:
+            valid = ", ".join(names) or "none"
+            raise ConfigError(f"unknown parameter {name!r}; {nearest(name, names)}valid are {valid}")
+    return _checked(declared, given).model_dump()
+
+
+def _checked(declared: type[Parameters], values: Mapping[str, Any]) -> Parameters:
+    try:
+        return declared.model_validate(values)
+    except ValidationError as error:
+        about = declared.model_fields[str(error.errors()[0]["loc"][0])].description
+        raise ConfigError(f"{told(error)} ({about})") from None
 
 
 def check_parameters(
@@ -424,115 +466,31 @@ def check_parameters(
         beside: parameters of the cell that are not fields of the dataclass.
 
     Raises:
-        ConfigError: no parameters cell was run, it declares a name that the dataclass has not, or the dataclass
-            refuses a value.
+        ConfigError: no parameters cell was run, it declares a name that the dataclass has not, or a value is refused.
     """
-    values = {name: _absolute(name, namespace[name]) for name in _last_declared(namespace) if name not in beside}
-    known = [field.name for field in fields(config_type)] if is_dataclass(config_type) else values
-    if unknown := [name for name in values if name not in known]:
-        hint = nearest(unknown[0], known)
+    declared = _last_declared(namespace)
+    checked: Any = _checked(declared, {name: namespace[name] for name in declared.model_fields})
+    if config_type is Parameters:
+        return checked
+    values = {name: value for name, value in checked if name not in beside}
+    names = [field.name for field in fields(config_type)]  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in names]:
+        hint = nearest(unknown[0], names)
         raise ConfigError(f"the parameters cell has {unknown[0]!r}, {config_type.__name__} has no such field; {hint}")
     return config_type(**values)
 
 
-def _folder(path: str) -> str:
-    if path and not Path(path).is_dir():
-        raise ValueError(f"{path} is no folder; expected a folder with one folder per run, as `make study` writes")
-    return path
-
-
-_Count = Annotated[int, Field(ge=0)]
-LIMITS: dict[str, Any] = {
-    "scale": Literal["", "tiny", "small", "standard", "large"],
-    "split": Literal["train", "val", "test"],
-    "seed": _Count,
-    "data_seed": Annotated[int, Field(ge=-1)],
-    "queries": Annotated[int, Field(ge=1, le=20)],
-    "k": Annotated[int, Field(ge=1, le=100)],
-    "phrases": _Count,
-    "counterfactuals": _Count,
-    "pair": Annotated[int, Field(ge=0, le=23)],  # the smallest scale tests on 24 people
-    "results": Annotated[str, AfterValidator(_folder)],
-    "away": list[Annotated[str, AfterValidator(_folder)]],
-}
-"""What the parameters of this name may be in every notebook, where their type does not say it."""
-MODEL = ("vocabulary", "backbone", "image_height", "image_width", "stride", "position_grid")
-
-
-class Parameters(SimpleNamespace):
-    """The parameters of a notebook, checked by `LIMITS`."""
-
-    def __init__(self, **values: Any) -> None:
-        """Raises ConfigError for a value out of its limits."""
-        kinds: dict[str, Any] = {name: (LIMITS[name], ...) for name in values.keys() & LIMITS.keys()}
-        limited = create_model("Limited", __config__=ConfigDict(strict=True, extra="allow"), **kinds)
-        try:
-            super().__init__(**limited(**values).model_dump())
-        except ValidationError as error:
-            raise ConfigError(told(error)) from None
-
-    def __getattr__(self, name: str) -> Any:
-        """Raises ConfigError: the cell does not declare such a parameter."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise ConfigError(f"the parameters cell has no {name!r}; {nearest(name, vars(self))}".rstrip("; "))
-
-    @property
-    def model(self) -> dict[str, str | int]:
-        """What is said of the model of a weight file that does not record it, for `fmfa.systems.load_system`."""
-        return {name: getattr(self, name) for name in MODEL}
-
-
-def _absolute(name: str, value: Any) -> Any:
-    if type(value) is list:
-        return [_absolute(name, item) for item in value]
-    if name not in (*FOLDERS, *FILES) or not value or type(value) is not str:
-        return value
-    path = os.path.expanduser(value)
-    if name in FILES:
-        there = os.path.isfile(path) or (os.sep in path and os.path.isdir(path))
-        if not there or os.path.realpath(path) == str(PROJECT / path):
-            return path
-    return os.path.abspath(path)
-
-
-def _read_line(node: ast.stmt, comment: str) -> Parameter | None:
-    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and comment):
-        return None
-    kind = PLAIN_TYPES.get(ast.unparse(node.annotation))
-    try:
-        default = ast.literal_eval(node.value)
-    except ValueError:
-        return None
-    return Parameter(node.target.id, kind, default, comment) if type(default) is kind else None
-
-
-def _from_text(kind: type, text: str, parameter: Parameter) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return yaml.safe_load(text) if kind is list else kind(text)
-    except (ValueError, KeyError, yaml.YAMLError):
-        raise _mismatch(parameter, text) from None
-
-
-def _mismatch(parameter: Parameter, value: Any) -> ConfigError:
-    kinds: dict[type, str] = {bool: "true or false", float: "a finite float"}
-    wanted = kinds.get(parameter.type, parameter.type.__name__)
-    found = f"{parameter.name} is {value!r} ({type(value).__name__})"
-    return ConfigError(f"{found}, expected {wanted}: {parameter.help}")
-
-
-def _last_declared(namespace: Mapping[str, Any]) -> Iterable[str]:
+def _last_declared(namespace: Mapping[str, Any]) -> type[Parameters]:
     for source in reversed(namespace.get("In", [])):
         try:
-            if declared := read_parameters(source):
-                return declared
+            declared = read_parameters(source)
         except ConfigError:
             continue  # a cell of another kind
+        if declared.model_fields:
+            return declared
     # nbval runs cells without history, so that `In` stays empty.
     if annotations := namespace.get("__annotations__"):
-        return annotations
+        return declare_parameters({name: (namespace[name], "") for name in annotations})
     raise ConfigError("no parameters cell was run in this notebook: run it first (`name: type = literal  # help`)")
 
 

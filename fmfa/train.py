@@ -13,7 +13,14 @@ from typing import Any, Literal, get_args, get_origin
 from torch import distributed
 
 from fmfa.errors import ConfigError, FmfaError
-from fmfa.notebook import Parameter, add_parameter_options, given_parameters, print_parameters, resolve_parameters
+from fmfa.notebook import (
+    Parameters,
+    add_parameter_options,
+    declare_parameters,
+    given_parameters,
+    print_parameters,
+    resolve_parameters,
+)
 from fmfa.systems import run_training
 from fmfa.training.config import TrainConfig
 from fmfa.training.fit import launched_processes, launched_rank
@@ -21,15 +28,14 @@ from fmfa.training.fit import launched_processes, launched_rank
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
-def config_parameters() -> dict[str, Parameter]:
+def config_parameters() -> type[Parameters]:
     """Every field of `TrainConfig` as a parameter; the help names the choices if there are any."""
-    parameters = {}
+    defaults = {}
     for field in fields(TrainConfig):
         setting: Any = field.default  # pydantic's, with the help and the limits
         choices = ", ".join(map(repr, get_args(field.type))) if get_origin(field.type) is Literal else ""
-        text = setting.description + (f"; one of {choices}" if choices else "")
-        parameters[field.name] = Parameter(field.name, type(setting.default), setting.default, text)
-    return parameters
+        defaults[field.name] = setting.default, setting.description + (f"; one of {choices}" if choices else "")
+    return declare_parameters(defaults)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank = launched_rank()
     if options.help_parameters:
         if rank == 0:
-            print_parameters(config_parameters().values())
+            print_parameters(config_parameters())
         return 0
     if options.folder is None:
         parser.error("the run folder is missing")

@@ -24,7 +24,7 @@ import psutil
 
 from fmfa.errors import ConfigError, FmfaError
 from fmfa.files import PROJECT, held_folder, said_plainly, write_json
-from fmfa.notebook import Parameter, notebook_parameters, resolve_parameters
+from fmfa.notebook import Parameters, notebook_parameters, resolve_parameters
 from fmfa.processes import end_with
 from fmfa.records import read_metrics
 from fmfa.report import write_report
@@ -294,7 +294,7 @@ def _size(data: Mapping[str, Any], column: int) -> float:
 
 
 @functools.cache
-def _declared() -> dict[str, Parameter]:
+def _declared() -> type[Parameters]:
     return notebook_parameters(PROJECT / "notebooks" / "03_train.ipynb")
 
 

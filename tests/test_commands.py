@@ -103,7 +103,7 @@ def test_commands_in_the_notebooks_text_are_accepted(path, monkeypatch):
 
 
 @pytest.mark.xdist_group("notebooks-2")
-def test_commands_that_are_printed_run(tmp_path):
+def test_commands_that_are_printed_run(tmp_path, monkeypatch):
     project = tmp_path / "it's $HOME {a} project"
     (project / "notebooks").mkdir(parents=True)
     for name in ("fmfa", "data", "study.yml"):
@@ -134,6 +134,7 @@ def test_commands_that_are_printed_run(tmp_path):
     page = (project / "runs/mine/report.html").read_text()
     commands = [html.unescape(text) for text in re.findall(r'class="command"><code>(.*?)</code>', page)]
     assert len(commands) == 2
+    monkeypatch.chdir(project)
     for command in commands:
         assert str(tmp_path) not in command
         notebook, output, given = given_in(shell_words(command, project))

@@ -42,7 +42,7 @@ def check(record, printed, dataset):
     assert record["status"] == "finished"
     assert record["error"] is None
     assert f"{dataset} can be used for training" in printed
-    page = Path(record["html"]).read_text(encoding="utf-8")
+    page = Path(record["output"]).with_suffix(".html").read_text(encoding="utf-8")
     assert f"{dataset} can be used for training" in page
     assert "data:image/png;base64," in page
 

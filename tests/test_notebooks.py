@@ -43,7 +43,7 @@ def _parameters(cells):
         yield f"{len(tagged)} cells are tagged 'parameters', expected one"
     for cell in tagged:
         try:
-            if not read_parameters(cell.source):
+            if not read_parameters(cell.source).model_fields:
                 yield "the parameters cell declares nothing"
         except ConfigError as error:
             yield f"parameters cell: {error}"

@@ -4,13 +4,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from fmfa.errors import ImageError
@@ -153,9 +152,9 @@ class ImageTransform:
         size: height and width in pixels.
         interpolation: of the resize (antialiased).
         finish: uint8 [3, H, W] -> float32 [3, H, W], normalised. A training transform draws from
-            torch's default CPU generator: seed that around the call, as `PairDataset` does. A
-            `tv_tensors.Mask` given beside the picture gets the same draws, with 0 where the picture ends
-            or is erased.
+            torch's default CPU generator: seed that around the call, as `PairDataset` does. A part map
+            (`tv_tensors.Mask`) given beside the picture gets the same draws, with 0 where the picture
+            ends or is erased.
     """
 
     size: Size
@@ -179,7 +178,7 @@ def fmfa_training(size: Size) -> ImageTransform:
     CLIP's mean and standard deviation, then with probability 0.5 one box of 2 to 40 % of the area is
     filled with the numbers of CLIP's mean (not with zero, which would be the mean colour).
     """
-    erasing = _Erasing(p=0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(CLIP_MEAN))
+    erasing = v2.RandomErasing(p=0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(CLIP_MEAN))
     return ImageTransform(size, InterpolationMode.BILINEAR, _Training(size, CLIP_MEAN, CLIP_STD, erasing))
 
 
@@ -189,7 +188,7 @@ def ivt_training(size: Size) -> ImageTransform:
     Bicubic resize, padding and crop as in FMFA, mean and standard deviation 0.5, then with probability
     0.5 one box of 2 to 33 % of the area, aspect 0.3 to 3.33, is filled with standard normal noise.
     """
-    erasing = _Erasing(p=0.5, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    erasing = v2.RandomErasing(p=0.5, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
     return ImageTransform(size, InterpolationMode.BICUBIC, _Training(size, HALF, HALF, erasing))
 
 
@@ -208,19 +207,6 @@ def tbps_clip_evaluation(size: Size) -> ImageTransform:
     return ImageTransform(size, InterpolationMode.BICUBIC, _normalise(IMAGENET_MEAN, IMAGENET_STD))
 
 
-class _Erasing(v2.RandomErasing):
-    """Random erasing that blanks the same box of a mask; torchvision's own leaves masks as they are."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Mask):
-            return super().transform(inpt, params)
-        if params["v"] is None:
-            return inpt
-        blank = inpt.clone()
-        blank[..., params["i"] : params["i"] + params["h"], params["j"] : params["j"] + params["w"]] = 0
-        return tv_tensors.wrap(blank, like=inpt)
-
-
 def _normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
@@ -237,19 +223,22 @@ class _Training(nn.Module):
         self.edges = [int(FULL_PAD * now / full + 0.5) for now, full in zip(size, FULL_SIZE)]
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         vertical, horizontal = self.edges
-        padding = [horizontal, vertical, horizontal, vertical]  # left, top, right, bottom
-        self.torchvision = v2.Compose([v2.Pad(padding), v2.RandomCrop(size), _normalise(mean, std), erasing])
+        self.padding = [horizontal, horizontal, vertical, vertical]
+        pad = v2.Pad([horizontal, vertical, horizontal, vertical])  # left, top, right, bottom
+        self.torchvision = v2.Compose([pad, v2.RandomCrop(size), _normalise(mean, std), erasing])
 
     def forward(self, picture: Tensor, parts: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if parts is not None:
-            return self.torchvision(picture, parts)
-        vertical, horizontal = self.edges
-        padded = nn.functional.pad(picture, [horizontal, horizontal, vertical, vertical])
         top, left = (int(torch.randint(0, 2 * edge + 1, size=())) if edge else 0 for edge in self.edges)
-        cropped = padded[..., top : top + self.size[0], left : left + self.size[1]]
-        normalised = cropped.to(torch.float32).mul_(1 / 255).sub_(self.mean).div_(self.std)
+        window = ..., slice(top, top + self.size[0]), slice(left, left + self.size[1])
+        picture, *maps = (
+            nn.functional.pad(pixels, self.padding)[window] for pixels in (picture, parts) if pixels is not None
+        )
+        picture = picture.to(torch.float32).mul_(1 / 255).sub_(self.mean).div_(self.std)
         if torch.rand(1) < self.erasing.p:
-            box = self.erasing.make_params([normalised])
+            box = self.erasing.make_params([picture])
             if box["v"] is not None:
-                normalised[..., box["i"] : box["i"] + box["h"], box["j"] : box["j"] + box["w"]] = box["v"]
-        return normalised
+                hole = ..., slice(box["i"], box["i"] + box["h"]), slice(box["j"], box["j"] + box["w"])
+                picture[hole] = box["v"]
+                for values in maps:
+                    values[hole] = 0
+        return (picture, maps[0]) if maps else picture

@@ -6,7 +6,7 @@ number of worker processes and training can resume anywhere.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,15 @@ class PairDataset(Dataset):
             texts = [swap_sides(text) if mirrored else text for text, mirrored in zip(texts, flipped)]
         ids = [self._encode(text) for text in texts]
         sample: dict[str, Tensor | list[Tensor]] = {"caption_ids": ids}
-        if self.parts is None:
-            sample["images"] = self._augment(self._picture(row), flipped, pixel_seed)
-        else:
+        pictures = [self._picture(row)]
+        if self.parts is not None:
             swapped = flipped[0] and self.flip == "swap"
             sample["token_parts"] = [self.parts.tokens(row, len(ids[0]), swapped=swapped)]
-            shown = self.parts.picture(row, self.transform.size)
-            sample["images"], maps = self._augment_both(self._picture(row), shown, flipped[0], pixel_seed)
-            sample["part_maps"] = maps.squeeze(-3).to(torch.int8) - 1  # 0 is what the picture does not show
+            pictures.append(self.parts.picture(row, self.transform.size))
+        augmented = self._augment(pictures, flipped, pixel_seed)
+        sample["images"] = augmented[0]
+        if self.parts is not None:  # 0 is what the picture does not show
+            sample["part_maps"] = augmented[1].squeeze(-3).to(torch.int8) - 1
         if self.mask_probability:
             masked = [mask_tokens(text, self.tokenizer, choices, self.mask_probability) for text in ids]
             sample["masked_ids"], sample["masked_labels"] = map(list, zip(*masked))
@@ -192,21 +193,14 @@ class PairDataset(Dataset):
             return self._pictures[picture]
         return self.transform.read(self._paths[picture])
 
-    def _augment(self, picture: Tensor, flipped: Iterable[bool], seed: int) -> Tensor:
+    def _augment(self, pictures: Sequence[Tensor], flipped: Sequence[bool], seed: int) -> list[Tensor]:
+        """A picture, and perhaps its part map, once per text with the same draws: [S, 3, H, W] and [S, 1, H, W]."""
         # torchvision's transforms draw from torch's default generator: lend it to this sample.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            finish = self.transform.finish
-            return torch.stack([finish(horizontal_flip(picture) if f else picture) for f in flipped])
-
-    def _augment_both(self, picture: Tensor, parts: Tensor, flipped: bool, seed: int) -> tuple[Tensor, Tensor]:
-        """The picture as `_augment` makes it, [1, 3, H, W], and its part map with the same draws, [1, 1, H, W]."""
-        if flipped:
-            picture, parts = horizontal_flip(picture), horizontal_flip(parts)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            picture, parts = self.transform.finish(picture, parts)
-        return picture[None], parts.as_subclass(Tensor)[None]
+            copies = [self.transform.finish(*(map(horizontal_flip, pictures) if f else pictures)) for f in flipped]
+        by_kind = zip(*copies) if len(pictures) > 1 else [copies]
+        return [torch.stack([copy.as_subclass(Tensor) for copy in kind]) for kind in by_kind]
 
     def _read_all(self) -> Tensor:
         return torch.stack(list(self._read(self._paths)))

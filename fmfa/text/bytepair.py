@@ -1,7 +1,6 @@
 """Byte-pair tokenizers, CLIP's and a small one, that know which characters each token was read from."""
 
 import html
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +29,7 @@ _WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}
 Span = tuple[int, int]
 # Words and gaps. Repairs rarely reach over a gap, so each is aligned by itself.
 _CHUNKS = re.compile(r"\s+|\S+")
-_MOST_MATCHES = 20_000  # pairs of equal characters in chunks that are aligned in one piece; 500 letters of prose
-_WINDOW = 80  # characters of others aligned at a time; the longest entity has 33
+_MOST_MATCHES = 20_000  # pairs of equal characters in chunks that are compared by letters; 500 letters of prose
 
 
 class Tokenizer(Protocol):
@@ -269,41 +267,26 @@ def _alignment(original: str, repaired: str) -> list[Span]:
         before, after = [original], [repaired]
     changed = [(Counter(old), new) for old, new in zip(before, after) if len(old) != len(new)]
     matches = sum(counts[character] for counts, new in changed for character in new)
-    window = max(len(original), len(repaired)) if matches <= _MOST_MATCHES else _WINDOW
     spans: list[Span] = []
     start = 0
     for old, new in zip(before, after):
-        spans += [(start + first, start + last) for first, last in _chunk_alignment(old, new, window)]
+        if len(old) == len(new):
+            spans += [(start + i, start + i + 1) for i in range(len(old))]
+        elif matches > _MOST_MATCHES:  # difflib can take the cube of their number
+            spans += [(start, start + len(old))] * len(new)
+        else:
+            spans += [(start + first, start + last) for first, last in _chunk_alignment(old, new)]
         start += len(old)
     return spans
 
 
-def _chunk_alignment(old: str, new: str, window: int) -> list[Span]:
-    """As difflib aligns them, at most `window` characters at a time: it can take the cube of their number."""
-    if len(old) == len(new):
-        return [(i, i + 1) for i in range(len(old))]
+def _chunk_alignment(old: str, new: str) -> list[Span]:
     spans: list[Span] = []
-    start = 0
-    while len(spans) < len(new):
-        done = len(spans)
-        share = min(1.0, window / max(len(old) - start, len(new) - done))
-        before = old[start : start + math.ceil(share * (len(old) - start))]
-        after = new[done : done + math.ceil(share * (len(new) - done))]
-        if before.startswith(after):
-            spans += [(start + i, start + i + 1) for i in range(len(after))]
-            start += len(after)
-            continue
-        blocks: list[tuple[int, int, int]]
-        blocks = [*SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()]
-        if share < 1:  # what matches in the first half is certain; the next window sees more of the second
-            half = len(after) // 2 + 1
-            blocks = [(i, j, min(size, half - j)) for i, j, size in blocks if j < half] or blocks
-        i = j = 0
-        for block_i, block_j, size in blocks:
-            # A gap is replaced by a gap; without one, what is new belongs to the character before it.
-            first, last = (i, block_i) if block_i > i else (i - 1, i)
-            spans += [(max(start + first, 0), max(start + last, 1))] * (block_j - j)
-            i, j = block_i + size, block_j + size
-            spans += [(start + k, start + k + 1) for k in range(block_i, i)]
-        start += i
+    for operation, start, end, first, last in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if operation == "equal":
+            spans += [(i, i + 1) for i in range(start, end)]
+        elif operation == "insert":  # what is new belongs to the character before it
+            spans += [(max(start - 1, 0), max(start, 1))] * (last - first)
+        else:
+            spans += [(start, end)] * (last - first)
     return spans

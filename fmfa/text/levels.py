@@ -123,26 +123,17 @@ class LevelReader:
     """`text_levels` of the rows of a caption table: the `levels` hook of the training data.
 
     Attributes:
-        form: see `text_levels`.
-        attributes: column with each caption's attribute phrases (name -> phrase), form "attributes"; a
-            table without it, or a row without a dictionary in it, has none.
-        spans: column with each caption's phrase spans (pairs of characters), form "true_spans".
+        form: see `text_levels`. "attributes" reads each caption's attribute phrases (name -> phrase) from the column
+            `att`; a table without it, or a row without a dictionary in it, has none. "true_spans" reads each caption's
+            phrase spans (pairs of characters) from the column `spans`.
     """
 
-    form: LevelForm = "clauses"
-    attributes: str = "att"
-    spans: str = "spans"
+    form: LevelForm
 
     def __call__(self, caption: str, row: Mapping[str, Any], generator: np.random.Generator) -> LevelTexts:
         """The levels of one caption; `row` holds the fields of its table row. Raises as `text_levels`."""
-        attributes = row.get(self.attributes)
-        return text_levels(
-            caption,
-            generator,
-            form=self.form,
-            attributes=attributes if isinstance(attributes, Mapping) else None,
-            spans=row.get(self.spans),
-        )
+        attributes = row.get("att") if isinstance(row.get("att"), Mapping) else None
+        return text_levels(caption, generator, form=self.form, attributes=attributes, spans=row.get("spans"))
 
     def fallbacks(self, table: pd.DataFrame, generator: np.random.Generator) -> int:
         """How many word- and phrase-level texts of one pass over the table are the whole caption."""

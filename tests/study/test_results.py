@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from fmfa.errors import ConfigError
-from fmfa.notebook import Parameters
+from fmfa.notebook import declare_parameters, resolve_parameters
 from fmfa.plots.comparison import plot_against_retrieval, plot_claims, plot_comparison, plot_power
 from fmfa.study import claims
 from fmfa.study import levels as tables
@@ -577,14 +577,15 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
 
 def test_parameters_name_what_is_there(results):
     good = {"results": str(results), "baseline": "ivt", "tuning": "", "away": [], "split": "test", "seed": 0}
-    Parameters(**good)
+    declared = declare_parameters({name: (value, "help") for name, value in good.items()})
+    resolve_parameters(declared, good)
     live = read_results(results)
     assert rows_paired_table(live, "ivt")["R@1 difference"].isna().all()  # its only run failed, but is there
     with pytest.raises(ConfigError, match="of the rows asdm, broken, clip"):
         rows_paired_table(live, "irrra")
     for wrong in ({"results": str(results / "nowhere")}, {"away": [str(results), str(results / "nowhere")]}):
         with pytest.raises(ConfigError, match="nowhere is no folder"):
-            Parameters(**good | wrong)
+            resolve_parameters(declared, good | wrong)
 
 
 # --- what did not finish, or is damaged
