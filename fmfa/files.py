@@ -62,18 +62,18 @@ def write_json(path: str | Path, data: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, error: type[FmfaError] = ConfigError, kind: type = dict) -> Any:
-    """Read a JSON file whose outermost value must be of `kind` (dict or list).
+def read_json(path: str | Path, error: type[FmfaError] = ConfigError) -> dict[str, Any]:
+    """Read the object of a JSON file.
 
     Raises:
-        error: the file is missing, not JSON, nested too deeply, or of another kind; the message names it.
+        error: the file is missing, not JSON, nested too deeply, or holds no object; the message names it.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} cannot be read as JSON ({type(reason).__name__}: {reason})") from reason
-    if not isinstance(data, kind):
-        raise error(f"{path}: expected a JSON {kind.__name__}, found {type(data).__name__}")
+    if not isinstance(data, dict):
+        raise error(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
 
 

@@ -39,7 +39,7 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"null", "expected a JSON dict, found NoneType"),
+        (b"null", "expected a JSON object, found NoneType"),
         (b"[1]", "found list"),
         (b"{", "cannot be read as JSON"),
         (b"\xff", "cannot be read as JSON"),

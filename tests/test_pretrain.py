@@ -186,7 +186,7 @@ def error_of(capsys, *arguments):
         ({"precision": "fp8"}, "precision: should be 'bf16' or 'fp32', found 'fp8'"),
         ({"device": "gpu"}, "device is 'gpu'; expected one of auto, cpu, cuda"),
         ({"config": "nowhere.json"}, "nowhere.json cannot be read as JSON"),
-        ({"config": "pairs.json"}, "pairs.json: expected a JSON dict, found list"),
+        ({"config": "pairs.json"}, "pairs.json: expected a JSON object, found list"),
         ({"config": "empty.json"}, "the configuration describes no model of method clip (KeyError: 'text_cfg')"),
         ({"vocabulary": "nowhere.txt"}, "vocabulary nowhere.txt: No such file"),
         ({"method": "ivt", "config": "empty.json"}, "has 64 pieces, the model 30522"),

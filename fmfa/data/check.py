@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,12 +18,9 @@ from fmfa.data.images import load_image
 from fmfa.errors import FmfaError, ImageError
 from fmfa.processes import end_with
 from fmfa.progress import progress_bar
+from fmfa.simpedes.generate import SPLITS
+from fmfa.text.bytepair import Tokenizer, clip_tokenizer, small_tokenizer
 
-if TYPE_CHECKING:  # It brings torch, which the processes that decode pictures have no use for.
-    from fmfa.text.bytepair import Tokenizer
-
-
-SPLITS = ("train", "val", "test")
 OLDER = "RSTPReid, older split"
 PUBLISHED = {
     ("CUHK-PEDES", "train"): (11003, 34054, 68126),
@@ -88,7 +84,7 @@ class CheckReport:
 def check_dataset(
     dataset: Dataset,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     decode: bool = True,
     progress: bool = True,
 ) -> CheckReport:
@@ -109,8 +105,6 @@ def check_dataset(
     Raises:
         ImageError: a decoding process died.
     """
-    from fmfa.text.bytepair import clip_tokenizer, small_tokenizer
-
     usual = small_tokenizer if dataset.name.startswith("SimPEDES") else clip_tokenizer
     findings = [
         *check_pictures(dataset.images, dataset.table, decode, progress),
@@ -155,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(report.fatal)
 
 
-def check_captions(table: pd.DataFrame, tokenizer: "Tokenizer") -> Iterator[Finding]:
+def check_captions(table: pd.DataFrame, tokenizer: Tokenizer) -> Iterator[Finding]:
     """Yield findings on captions: without a word, cut by the tokenizer's context, shared between identities."""
     empty = ~table["caption"].str.contains(r"\w")
     yield finding(
@@ -236,9 +230,9 @@ def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
         beside = {"ok": "; as published", "note": "; no published counts to compare with"}.get(severity, beside)
         yield f"counts of {split}", severity, counts[split][2], _SPOKEN.format(*counts[split]) + beside
     if held_out.any():
-        found = _counts(table[held_out])
-        detail = f"{_SPOKEN.format(*found)}, held out of train and counted there as well"
-        yield "counts of val", "note", found[2], detail
+        people = _counts(table[held_out])
+        detail = f"{_SPOKEN.format(*people)}, held out of train and counted there as well"
+        yield "counts of val", "note", people[2], detail
 
 
 def _counts(part: pd.DataFrame) -> tuple[int, int, int]:
@@ -253,18 +247,10 @@ def check_pictures(folder: Path, table: pd.DataFrame, decode: bool, progress: bo
     yield "image folder", "ok", 0, str(folder)
     pictures = pd.Series(table["image"].unique())
     folders = pictures.str.rpartition("/")[0]
-    sizes = folders.value_counts()
-    absent = [name for name in folders.unique() if not os.path.isdir(folder / name)]
-    yield finding(
-        "missing folders",
-        "fatal",
-        (f"{name} ({sizes[name]:,} pictures)" for name in absent),
-        f"all {len(sizes):,} folders are there",
-    )
     there = np.array([os.path.isfile(folder / path) for path in pictures])
     missing = pictures[~there]
     parts = [
-        f"{at or 'image folder'}: {len(paths):,} of {sizes[at]:,}, such as {', '.join(paths[:EXAMPLES])}"
+        f"{at or 'image folder'}: {len(paths):,} of {(folders == at).sum():,}, such as {', '.join(paths[:EXAMPLES])}"
         for at, paths in missing.groupby(folders[missing.index])
     ]
     detail = "; ".join(parts) or f"all {len(pictures):,} files are there"
@@ -302,8 +288,8 @@ def decode_pictures(images: Path, relative: list[str], progress: bool) -> pd.Dat
     jobs = Parallel(workers, return_as="generator", **bound)(delayed(_decode)(images, chunk) for chunk in chunks)
     with progress_bar(len(relative), "decoding", "pictures", shown=progress) as bar:
         try:
-            for chunk, found in zip(chunks, jobs):
-                rows += found
+            for chunk, decoded in zip(chunks, jobs):
+                rows += decoded
                 bar.update(len(chunk))
         except TerminatedWorkerError:
             raise ImageError(
@@ -341,13 +327,13 @@ def _identical(table: pd.DataFrame, pixels: pd.Series) -> Iterator[Finding]:
     yield finding("identical pictures in two splits", "warning", across, "none", advice)
 
 
-def finding(check: str, severity: str, found: Iterable[str], fine: str, advice: str = "") -> Finding:
-    """A row that counts what was found and names the first few, or says `fine` when there is nothing."""
-    found = list(found)
-    if not found:
+def finding(check: str, severity: str, faults: Iterable[str], fine: str, advice: str = "") -> Finding:
+    """A row that counts the faults and names the first few, or says `fine` when there is none."""
+    faults = list(faults)
+    if not faults:
         return check, "ok", 0, fine
-    more = f" and {len(found) - EXAMPLES:,} more" if len(found) > EXAMPLES else ""
-    return check, severity, len(found), "; ".join(found[:EXAMPLES]) + more + (f". {advice}." if advice else "")
+    more = f" and {len(faults) - EXAMPLES:,} more" if len(faults) > EXAMPLES else ""
+    return check, severity, len(faults), "; ".join(faults[:EXAMPLES]) + more + (f". {advice}." if advice else "")
 
 
 if __name__ == "__main__":

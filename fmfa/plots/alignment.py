@@ -24,7 +24,7 @@ from fmfa.systems import System
 
 OUTLINE = "#00e5ff"  # of the true part; stands out from grey and from every tone of the maps
 _MARKERS = dict(zip(MAPS, "osD^"))
-CHANGES = 3  # changed pictures beside an original
+PEOPLE, CHANGES = 4, 3  # people, and changed pictures beside each one's original
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # of the colour-blind palette, one a change
 _WIDTH = 44  # characters a line of a caption
 
@@ -166,8 +166,8 @@ def _outline(axis: Axes, mask: np.ndarray) -> None:
     axis.grid(False)
 
 
-def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int = 0, people: int = 4) -> Figure:
-    """Show people beside themselves with one attribute changed, under the caption that no longer fits.
+def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int = 0) -> Figure:
+    """Show four people beside themselves with one attribute changed, under the caption that no longer fits.
 
     One line per person: a caption whose phrases are set bold in the colour of the picture in which they are no longer
     true; the original picture; up to three changed ones, each with the new value and the cosine similarity with the
@@ -178,12 +178,11 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
         dataset: a SimPEDES.
         split: of the data set.
         seed: of the choice of people, captions and values.
-        people: lines.
 
     Raises:
         AnnotationError: `dataset` is no SimPEDES, or its pictures are not those of this renderer.
     """
-    strips = _draw_strips(dataset, split, np.random.default_rng(seed), people)
+    strips = _draw_strips(dataset, split, np.random.default_rng(seed))
     found = [made for strip in strips for made in strip]
     scores = score_counterfactuals(system, dataset, found)
     before, after = (dict(zip(map(id, found), values.tolist())) for values in (scores.before, scores.after))
@@ -203,8 +202,8 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
     return figure
 
 
-def _draw_strips(dataset: Dataset, split: str, rng: np.random.Generator, people: int) -> list[list[Counterfactual]]:
-    """For each of some people one caption, with up to three changed pictures of different phrases."""
+def _draw_strips(dataset: Dataset, split: str, rng: np.random.Generator) -> list[list[Counterfactual]]:
+    """For each of four people one caption, with up to three changed pictures of different phrases."""
     captions: dict[int, dict[str, list[Site]]] = {}
     for site in read_sites(dataset, split):
         captions.setdefault(site.phrase["identity"], {}).setdefault(site.phrase["caption"], []).append(site)
@@ -221,7 +220,7 @@ def _draw_strips(dataset: Dataset, split: str, rng: np.random.Generator, people:
                 break
         if strip:
             strips.append(strip)
-        if len(strips) == people:
+        if len(strips) == PEOPLE:
             break
     return strips
 

@@ -91,10 +91,10 @@ def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
-def contact_sheet(dataset: Dataset, split: str, count: int = 12, seed: int = 0) -> Figure:
-    """Show pictures drawn at random from a split, each with its first caption."""
+def contact_sheet(dataset: Dataset, split: str, seed: int = 0) -> Figure:
+    """Show twelve pictures drawn at random from a split, each with its first caption."""
     rows = dataset.split(split).drop_duplicates("image")
-    rows = rows.sample(min(count, len(rows)), random_state=np.random.default_rng(seed))
+    rows = rows.sample(min(12, len(rows)), random_state=np.random.default_rng(seed))
     columns = 4
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(lines, 2 * columns, figsize=(13, 2.6 * lines), width_ratios=[1, 2] * columns,

@@ -80,16 +80,15 @@ def draw_architecture(parts: tuple[Sequence[tuple], Sequence[tuple[int, int]]]) 
     return figure
 
 
-def plot_asdm_by_rank(similarity: Tensor, alphas: Sequence[float] = (1.0, 10.0)) -> Figure:
-    """Show A-SDM's weight of every row of a batch by the rank of its own pair, for several alpha.
+def plot_asdm_by_rank(similarity: Tensor) -> Figure:
+    """Show A-SDM's weight of every row of a batch by the rank of its own pair, for two strengths alpha.
 
     Args:
         similarity: [B, B] cosines of captions (rows) with pictures of different people; pairs on the diagonal.
-        alphas: strengths; one colour each.
     """
     rank = 1 + (similarity > similarity.diagonal()[:, None]).sum(dim=1)
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    for alpha, marker in zip(alphas, "os^D"):
+    for alpha, marker in ((1.0, "o"), (10.0, "s")):
         weight = asdm_weights(similarity, torch.arange(len(similarity)), alpha=alpha)
         axis.plot(rank.numpy(), weight.numpy(), marker, markersize=5, alpha=0.6, label=f"A-SDM, alpha = {alpha:g}")
     axis.axhline(1, color="black", linewidth=1, linestyle=":", label="SDM")
@@ -167,17 +166,16 @@ def plot_pooling(tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor], wo
     return figure
 
 
-def plot_guesses(tables: Mapping[str, pd.DataFrame], count: int = 5) -> Figure:
-    """Show the likeliest words in the place of masked ones: a panel per word, a colour per picture.
+def plot_guesses(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Show the five likeliest words in the place of masked ones: a panel per word, a colour per picture.
 
     Args:
         tables: of `fmfa.analysis.heads.guess_word`, by the word that was masked.
-        count: words per panel.
     """
     size = (4.2 * len(tables), 3.2)
     figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
     for axis, (word, table) in zip(axes[0], tables.items(), strict=True):
-        long = table.head(count).reset_index().melt("token", var_name="with", value_name="probability")
+        long = table.head(5).reset_index().melt("token", var_name="with", value_name="probability")
         sns.barplot(long, x="probability", y="token", hue="with", ax=axis, legend=axis is axes[0, -1])
         axis.set(title=f"masked: “{word}”", xlim=(0, 1), ylabel="")
     sns.move_legend(axes[0, -1], "lower right", fontsize=8)

@@ -21,6 +21,7 @@ from fmfa.records import read_metrics
 
 LOSSES = ("itc", "cmpm", "sdm", "asdm", "id", "irr", "efa")  # in this order and colour wherever they appear
 HIT, MISS = "#029e73", "#d55e00"  # green and red of the colour-blind palette
+SHOWN = 10  # pictures of a ranking
 _RANKS = 20  # of the curve
 _THUMBNAIL = 384  # pixels; a gallery may hold photographs of many megapixels
 
@@ -150,26 +151,25 @@ def pick_queries(evaluation: Evaluation, count: int, seed: int = 0) -> dict[str,
     return {k: sorted(rng.choice(rows, min(count, len(rows)), replace=False).tolist()) for k, rows in found.items()}
 
 
-def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence[int], k: int = 10) -> Figure:
-    """Show for each caption the picture it was written for and the k best, hits and misses framed and marked.
+def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence[int]) -> Figure:
+    """Show for each caption the picture it was written for and the ten best, hits and misses framed and marked.
 
     Args:
         evaluation: of a split.
         images: folder that the column `image` is relative to.
         queries: row positions of the captions; without any, the figure says so.
-        k: pictures per caption.
     """
     if not len(queries):
         return _notice("no caption to show")
-    figure, lines = plt.subplots(len(queries), k + 2, figsize=(3 + 1.05 * k, 2.6 * len(queries)), squeeze=False,
-                                 width_ratios=[2.6] + [1] * (k + 1), layout="constrained")  # fmt: skip
+    figure, lines = plt.subplots(len(queries), SHOWN + 2, figsize=(3 + 1.05 * SHOWN, 2.6 * len(queries)), squeeze=False,
+                                 width_ratios=[2.6] + [1] * (SHOWN + 1), layout="constrained")  # fmt: skip
     for axis in lines.flat:
         axis.set_axis_off()
-    for (text, wanted, *places), query in zip(lines, queries, strict=True):
+    for (text, target, *places), query in zip(lines, queries, strict=True):
         row, rank = evaluation.rows.iloc[query], evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         _write(text, f"identity {row['identity']}, first hit at rank {rank}", row["caption"])
-        framed(wanted, resolve_image(images, row["image"]), "wanted")
-        matches = evaluation.top_matches(query, k).itertuples(index=False)
+        framed(target, resolve_image(images, row["image"]), "wanted")
+        matches = evaluation.top_matches(query, SHOWN).itertuples(index=False)
         for rank, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
             title = f"{mark} {rank}\nid {match.identity}"
@@ -177,9 +177,9 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
     return figure
 
 
-def hit_grid(hits: pd.DataFrame, title: str = "", columns: int = 5) -> Figure:
+def hit_grid(hits: pd.DataFrame, title: str) -> Figure:
     """Show hits of a gallery (`path`, `cosine`, best first) with rank, cosine and file name."""
-    lines = max(1, -(-len(hits) // columns))
+    columns, lines = 5, max(1, -(-len(hits) // 5))
     figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 3.2 * lines), squeeze=False,
                                 layout="constrained")  # fmt: skip
     for axis in axes.flat:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import resolve_image
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
-from fmfa.plots.retrieval import HIT, MISS, framed
+from fmfa.plots.retrieval import HIT, MISS, SHOWN, framed
 from fmfa.simpedes.truth import Truth, told_truly
 
 PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
@@ -32,10 +32,8 @@ def pick_disagreements(evaluations: Mapping[str, Evaluation], count: int, seed: 
     return sorted(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False).tolist())
 
 
-def plot_side_by_side(
-    evaluations: Mapping[str, Evaluation], dataset: Dataset, split: str, query: int, k: int = 10
-) -> Figure:
-    """Show the k best pictures of one caption under each system, one line per system (FMFA, TOMM 2026, Figures 6 to 8).
+def plot_side_by_side(evaluations: Mapping[str, Evaluation], dataset: Dataset, split: str, query: int) -> Figure:
+    """Show the ten best pictures of one caption, one line per system (FMFA, TOMM 2026, Figures 6 to 8).
 
     Right persons are framed green and ticked, others red and crossed; on SimPEDES, below each wrong person is what
     the caption rules out in it.
@@ -45,20 +43,19 @@ def plot_side_by_side(
         dataset: that was evaluated.
         split: of the data set.
         query: row position of the caption.
-        k: pictures a system.
     """
     row = next(iter(evaluations.values())).rows.iloc[query]
     wrong = _contradictions(dataset.truth, split, row.to_frame().T) if dataset.truth else {}
-    figure, lines = plt.subplots(len(evaluations), k + 1, figsize=(1.12 * k + 1.6, 3.35 * len(evaluations) + 0.7),
-                                 squeeze=False, layout="constrained")  # fmt: skip
+    size = 1.12 * SHOWN + 1.6, 3.35 * len(evaluations) + 0.7
+    figure, lines = plt.subplots(len(evaluations), SHOWN + 1, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(textwrap.fill(row["caption"], 125), fontsize=9, parse_math=False)
-    for (wanted, *places), (name, evaluation) in zip(lines, evaluations.items()):
-        framed(wanted, resolve_image(dataset.images, row["image"]), "wanted")
+    for (target, *places), (name, evaluation) in zip(lines, evaluations.items()):
+        framed(target, resolve_image(dataset.images, row["image"]), "wanted")
         rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
-        wanted.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
+        target.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
         for axis in places:
             axis.set_axis_off()
-        matches = evaluation.top_matches(query, k).itertuples(index=False)
+        matches = evaluation.top_matches(query, SHOWN).itertuples(index=False)
         for place, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
             framed(axis, resolve_image(dataset.images, match.image), f"{place} {mark}", colour)
@@ -109,8 +106,8 @@ def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0) -> F
     return figure
 
 
-def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, families: int = 6, seed: int = 0) -> Figure:
-    """Show captions and pictures of some families of look-alikes, laid out in a plane by t-SNE (scikit-learn).
+def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, seed: int = 0) -> Figure:
+    """Show captions and pictures of six families of look-alikes, laid out in a plane by t-SNE (scikit-learn).
 
     Each modality's mean is taken away from the unit vectors first, since the gap between pictures and captions would
     set the two apart; its size is in the title. t-SNE keeps neighbours together; its distances and axes mean nothing.
@@ -119,12 +116,11 @@ def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, families:
         evaluation: of a SimPEDES split.
         truth: of that SimPEDES.
         split: that was evaluated.
-        families: how many are drawn.
         seed: of the draw.
     """
     family = truth.people(split)["family"]
     names = family.unique()
-    chosen = np.random.default_rng(seed).choice(names, min(families, len(names)), replace=False).tolist()
+    chosen = np.random.default_rng(seed).choice(names, min(6, len(names)), replace=False).tolist()
     sides, means = [], []
     for kind, table, features in (
         ("picture", evaluation.gallery, evaluation.image_features),

@@ -343,10 +343,10 @@ def test_figures_show_every_attribute_and_person(data):
     figure = plot_counterfactual(table)
     (axis,) = figure.axes
     assert {t.get_text() for t in axis.get_yticklabels()} == {a.replace("_", " ") for a in table["attribute"]}
-    strip = counterfactual_strip(tiny, data, "test", seed=2, people=3)
+    strip = counterfactual_strip(tiny, data, "test", seed=2)
     shown = [axis for axis in strip.axes if axis.images]
-    assert sum("original" in axis.get_title() for axis in shown) == 3
-    assert 6 <= len(shown) <= 12
+    assert sum("original" in axis.get_title() for axis in shown) == 4
+    assert 8 <= len(shown) <= 16
     bold = "".join(t.get_text() for axis in strip.axes for t in axis.texts if t.get_weight() == "bold")
-    assert len(bold.split()) >= 6
+    assert len(bold.split()) >= 8
     plt.close("all")

@@ -120,12 +120,12 @@ def test_disagreements_are_hits_of_some_systems_only(tiny):
 def test_side_by_side_says_what_the_caption_rules_out(tiny):
     evaluation = random_evaluation(tiny, 0)
     query = plots_systems.pick_disagreements({"a": evaluation}, 1)[0]
-    figure = plots_systems.plot_side_by_side({"a": evaluation, "b": evaluation}, tiny, "test", query, k=5)
-    row, matches = evaluation.rows.iloc[query], evaluation.top_matches(query, 5)
+    figure = plots_systems.plot_side_by_side({"a": evaluation, "b": evaluation}, tiny, "test", query)
+    row, matches = evaluation.rows.iloc[query], evaluation.top_matches(query, 10)
     records = {r["file_path"]: r for r in Truth(tiny.images.parent).records("test")}
     told = told_truly(next(c for c in records[row["image"]]["captions"] if c["text"] == row["caption"])["phrases"])
-    assert len(figure.axes) == 12
-    for axis, match in zip(figure.axes[1:6], matches.itertuples()):
+    assert len(figure.axes) == 22
+    for axis, match in zip(figure.axes[1:11], matches.itertuples()):
         assert axis.get_title()[-1] == ("✓" if match.hit else "✗")
         wrong = [n for n in told if records[match.image]["attributes"][n] not in told[n]]
         if match.hit:
@@ -154,13 +154,13 @@ def test_similarities_are_counted_once_a_pair(tiny):
 
 def test_the_joint_space_shows_all_of_the_families_that_it_draws(tiny):
     evaluation = random_evaluation(tiny, 0)
-    axis = plots_systems.plot_joint_space(evaluation, tiny.truth, "test", families=3).axes[0]
-    assert sum(len(points.get_offsets()) for points in axis.collections) == 3 * 2 * (4 + 8)  # identities x items
-    assert axis.get_title().startswith("24 pictures (●) and 48 captions (△) of 3 families")
-    again = plots_systems.plot_joint_space(evaluation, tiny.truth, "test", families=3).axes[0]
+    axis = plots_systems.plot_joint_space(evaluation, tiny.truth, "test").axes[0]
+    assert sum(len(points.get_offsets()) for points in axis.collections) == 6 * 2 * (4 + 8)  # identities x items
+    assert axis.get_title().startswith("48 pictures (●) and 96 captions (△) of 6 families")
+    again = plots_systems.plot_joint_space(evaluation, tiny.truth, "test").axes[0]
     shown, same = (np.concatenate([points.get_offsets() for points in plane.collections]) for plane in (axis, again))
     assert np.array_equal(shown, same)
-    # people of equal features up to noise: a neighbour is of the same family far more often than one of three times
-    family = np.repeat([0, 1, 2], 24)
-    distance = np.linalg.norm(shown[:, None] - shown[None], axis=-1) + 1e9 * np.eye(72)
-    assert (family[distance.argmin(axis=1)] == family).mean() > 0.6
+    # people of equal features up to noise: a neighbour is of the same family far more often than one of six times
+    family = np.repeat(range(6), 24)
+    distance = np.linalg.norm(shown[:, None] - shown[None], axis=-1) + 1e9 * np.eye(144)
+    assert (family[distance.argmin(axis=1)] == family).mean() > 0.4

@@ -30,7 +30,7 @@ def test_every_box_and_arrow_is_drawn(parts):
 
 def test_weights_are_drawn_over_the_rank():
     cosine = torch.tensor([[0.5, 0.6, 0.1], [0.0, 0.9, 0.1], [0.4, 0.3, 0.2]])
-    line = methods.plot_asdm_by_rank(cosine, alphas=[10.0]).axes[0].lines[0]
+    line = methods.plot_asdm_by_rank(cosine).axes[0].lines[1]
     assert line.get_xdata().tolist() == [2, 1, 3]
     assert line.get_ydata() == pytest.approx(asdm_weights(cosine, torch.arange(3)).numpy())
 

@@ -39,13 +39,13 @@ def shows_name(figure):
 def test_of_systems_and_captions(tiny, shipped):
     evaluation = random_evaluation(tiny, 0)
     named = {NAME: evaluation, NAME * 2: evaluation}
-    assert shows_name(plots_systems.plot_side_by_side(named, tiny, "test", 0, k=2))
+    assert shows_name(plots_systems.plot_side_by_side(named, tiny, "test", 0))
     assert shows_name(plots_systems.plot_similarities(named))
     assert shows_name(plots_alignment.plot_relevance({NAME: shipped}, tiny, "test", pick_phrases(tiny, "test", 1)))
     captions = replace(tiny, table=tiny.table.assign(caption=NAME))
-    assert shows_name(plots.contact_sheet(captions, "test", 4))
+    assert shows_name(plots.contact_sheet(captions, "test"))
     evaluation.rows["caption"] = NAME
-    assert shows_name(plots_retrieval.retrieval_grid(evaluation, tiny.images, [0], k=1))
+    assert shows_name(plots_retrieval.retrieval_grid(evaluation, tiny.images, [0]))
 
 
 def test_of_files_and_folders(tiny, tmp_path):

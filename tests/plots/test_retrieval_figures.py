@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -160,13 +161,13 @@ def test_queries_are_drawn_by_seed(evaluation):
 
 def test_hits_and_misses_differ_by_more_than_colour(evaluation, tmp_path):
     queries = [0, 30]
-    figure = drawn(plots.retrieval_grid(evaluation, tmp_path, queries, k=4))
-    assert len(figure.axes) == 2 * (4 + 2)
+    figure = drawn(plots.retrieval_grid(evaluation, tmp_path, queries))
+    assert len(figure.axes) == 2 * (10 + 2)
     for line, query in enumerate(queries):
-        text, wanted, *places = figure.axes[6 * line : 6 * line + 6]
+        text, wanted, *places = figure.axes[12 * line : 12 * line + 12]
         assert text.texts[1].get_text() == evaluation.rows["caption"][query]
         assert wanted.get_title() == "wanted"
-        for place, match in zip(places, evaluation.top_matches(query, 4).itertuples()):
+        for place, match in zip(places, evaluation.top_matches(query, 10).itertuples()):
             mark, colour = ("✓", plots.HIT) if match.hit else ("✗", plots.MISS)
             assert place.get_title().startswith(f"{mark} ")
             assert place.get_title().endswith(f"\nid {match.identity}")
@@ -179,7 +180,7 @@ def test_hits_and_misses_differ_by_more_than_colour(evaluation, tmp_path):
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_hostile_captions_are_text(evaluation, tmp_path):
     evaluation.rows.loc[: len(HOSTILE) - 1, "caption"] = HOSTILE
-    figure = drawn(plots.retrieval_grid(evaluation, tmp_path, range(len(HOSTILE)), k=2))
+    figure = drawn(plots.retrieval_grid(evaluation, tmp_path, range(len(HOSTILE))))
     captions = texts(figure)[1::2]
     assert captions[0] == HOSTILE[0]
     assert captions[1] == HOSTILE[1]
@@ -195,8 +196,8 @@ def test_hostile_captions_are_text(evaluation, tmp_path):
 
 def test_grids_cope_with_little(evaluation, tmp_path):
     assert texts(drawn(plots.retrieval_grid(evaluation, tmp_path, []))) == ["no caption to show"]
-    few = drawn(plots.retrieval_grid(evaluation, tmp_path, [3], k=30))
-    assert sum(bool(axis.images) for axis in few.axes) == 1 + 20
+    few = replace(evaluation, gallery=evaluation.gallery[:4], image_features=evaluation.image_features[:4])
+    assert sum(bool(axis.images) for axis in drawn(plots.retrieval_grid(few, tmp_path, [3])).axes) == 1 + 4
 
 
 def test_hit_grid(tmp_path):
