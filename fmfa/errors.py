@@ -87,7 +87,7 @@ def told(error: ValidationError) -> str:
     return sentence + (f" (and {len(others)} more)" if others else "")
 
 
-def nearest(word: Any, known: Iterable[str]) -> str:
+def nearest(word: Any, names: Iterable[str]) -> str:
     """The hint `did you mean NAME? ` with the known name that is most like a word; empty if none is."""
-    near = get_close_matches(str(word), known, n=1)
+    near = get_close_matches(str(word), names, n=1)
     return f"did you mean {near[0]}? " if near else ""

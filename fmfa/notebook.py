@@ -119,21 +119,22 @@ def refresh_notebook(notebook: str | Path) -> None:
     Nothing of this machine and moment is left but what the cells measure: no execution times, warnings, random ids,
     addresses of objects or paths of the project's folder. Raises as `run_notebook`, and then changes nothing.
     """
-    kept = nbformat.read(notebook, as_version=4)
+    stored = nbformat.read(notebook, as_version=4)
     with TemporaryDirectory() as folder:
         output = run_notebook(notebook, Path(folder) / "executed.ipynb", html=False)["output"]
         executed = nbformat.read(output, as_version=4)
-    for cell, done in zip(kept.cells, executed.cells, strict=True):
+    for cell, done in zip(stored.cells, executed.cells, strict=True):
         if cell.cell_type == "code":
             cell.execution_count = done.execution_count
             cell.outputs = [shown for shown in done.outputs if shown.get("name") != "stderr"]
             for data in (shown.data for shown in cell.outputs if "image/png" in shown.get("data", {})):
                 data["image/png"] = _with_palette(data["image/png"])
-    kept.metadata = {name: kept.metadata[name] for name in ("kernelspec", "language_info")}
-    text = nbformat.writes(kept).replace(f"{PROJECT}{os.sep}", "").replace(str(PROJECT), ".")
+    stored.metadata = {name: stored.metadata[name] for name in ("kernelspec", "language_info")}
+    text = nbformat.writes(stored).replace(f"{PROJECT}{os.sep}", "").replace(str(PROJECT), ".")
     text = re.sub(r" at 0x[0-9a-f]+>", ">", text)
-    for number, found in enumerate(dict.fromkeys(re.findall(r"\bT_[0-9a-f]{5}(?![0-9a-f])", text))):  # pandas' Styler
-        text = text.replace(found, f"T_{number:05}")
+    tables = dict.fromkeys(re.findall(r"\bT_[0-9a-f]{5}(?![0-9a-f])", text))  # of pandas' Styler
+    for number, name in enumerate(tables):
+        text = text.replace(name, f"T_{number:05}")
     with whole_file(Path(notebook)) as partial:
         partial.write_text(text.rstrip() + "\n", encoding="utf-8")
 

@@ -99,15 +99,15 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 class MetricsLog:
     """The long-form metrics file of a run: one value per line; a resumed run goes on with its checkpoint's."""
 
-    def __init__(self, folder: str | Path, kept: bytes = b"") -> None:
-        """Begin `metrics.csv` in `folder` with `kept`, what a checkpoint keeps of it (empty = start afresh).
+    def __init__(self, folder: str | Path, beginning: bytes = b"") -> None:
+        """Begin `metrics.csv` in `folder` with `beginning`, what a checkpoint keeps of it (empty = start afresh).
 
         Raises:
             TrainingError: the file cannot be written.
         """
         self.path, self.run = Path(folder) / METRICS, Path(folder).name
         with _written(self.path), whole_file(self.path) as part:
-            part.write_bytes(kept or f"{','.join(METRIC_COLUMNS)}\n".encode())
+            part.write_bytes(beginning or f"{','.join(METRIC_COLUMNS)}\n".encode())
 
     def add(self, split: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Append one line per value; `epoch` and `step` count what is complete (0 = before training).

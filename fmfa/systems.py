@@ -130,8 +130,8 @@ def load_system(
     source = project_path(str(source)) or str(TINY_WEIGHTS)
     given = {name: value for name, value in model.items() if value}
     if not _is_own(source):
-        known = {"dataset": dataset, "vocabulary": vocabulary} | given
-        config = _foreign(source, {name: value for name, value in known.items() if value})
+        parameters = {"dataset": dataset, "vocabulary": vocabulary} | given
+        config = _foreign(source, {name: value for name, value in parameters.items() if value})
         system = build_system(config)
         if system.report and any(name.startswith(tuple(HEADS)) for name in system.report.left_out):
             system = _with_second_branch(system, system.report)
@@ -146,9 +146,9 @@ def load_system(
         path = selected_checkpoint(path) / WEIGHTS
     _refuse_damaged(path)
     run = _run_of(path)
-    kept = run / VOCABULARY if run else None
-    loaded = load_retriever(path)
-    return _system(loaded.to(choose_device(device)), vocabulary or (kept if kept and kept.is_file() else ""))
+    if not vocabulary and run and (run / VOCABULARY).is_file():
+        vocabulary = str(run / VOCABULARY)
+    return _system(load_retriever(path).to(choose_device(device)), vocabulary)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -228,14 +228,14 @@ def run_training(config: TrainConfig, folder: str | Path) -> Path:
     texts = {START: f"{start}\n"}
     if isinstance(system.tokenizer, WordPieceTokenizer):
         texts[VOCABULARY] = system.tokenizer.vocabulary_file()
-        kept = folder / VOCABULARY
-        if kept.is_file() and wordpiece_tokenizer(kept).vocabulary != system.tokenizer.vocabulary:
-            raise TrainingError(f"{kept} is the vocabulary of another run; give a new folder, or that run's vocabulary")
+        file = folder / VOCABULARY
+        if file.is_file() and wordpiece_tokenizer(file).vocabulary != system.tokenizer.vocabulary:
+            raise TrainingError(f"{file} is the vocabulary of another run; give a new folder, or that run's vocabulary")
 
     def validate(model: Retriever) -> dict[str, float]:
         rows = dataset.split("val")
-        found = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
-        return found.metrics["text to image"].summary
+        evaluation = evaluate(model, rows, dataset.images, system.tokenizer, system.transform, progress=False)
+        return evaluation.metrics["text to image"].summary
 
     return train(config, system.model, dataset, system.tokenizer, folder, validate=validate, texts=texts)
 

@@ -181,8 +181,8 @@ def print_plan(study: Study) -> None:
     print(f"{len(runs)} runs, {rows['left'].sum()} to train; jobs left:", end=" ")
     print(", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none")
     seconds = [watch.seconds(step) for step in watch.ahead]
-    known = sum(value for value in seconds if value == value)
-    print(f"{spoken(known)} on one core, about {spoken(known / max(1, min(cores, len(seconds))))} on {cores}")
+    total = sum(value for value in seconds if value == value)
+    print(f"{spoken(total)} on one core, about {spoken(total / max(1, min(cores, len(seconds))))} on {cores}")
     if unknown := sum(value != value for value in seconds):
         print(f"Without {unknown} trainings of methods that have not trained an epoch here yet.")
 

@@ -38,8 +38,8 @@ def errors_by_attribute(evaluation: Evaluation, truth: Truth, split: str) -> pd.
         AnnotationError: there is no truth of the split, or another truth than that of the evaluation.
     """
     people = _people_shown(evaluation, truth, split)
-    queries, found = _errors(evaluation)
-    wanted = evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])[queries]
+    queries, answers = _errors(evaluation)
+    targets = evaluation.gallery["image"].pipe(pd.Index).get_indexer(evaluation.rows["image"])[queries]
     told = [told_truly(phrases) for phrases in truth.of_captions(split, evaluation.rows.iloc[queries])]
     same_person = Counter(evaluation.gallery["identity"])
     others = np.array([len(people) - same_person[i] for i in evaluation.rows["identity"].iloc[queries]])
@@ -47,14 +47,14 @@ def errors_by_attribute(evaluation: Evaluation, truth: Truth, split: str) -> pd.
     for name in ATTRIBUTES:
         values = people[name].to_numpy()
         alike = Counter(values.tolist())
-        random = np.array([len(people) - alike[value] for value in values[wanted].tolist()])
-        ruled_out = [value not in t[name] for t, value in zip(told, values[found].tolist(), strict=True) if name in t]
+        random = np.array([len(people) - alike[value] for value in values[targets].tolist()])
+        ruled_out = [value not in t[name] for t, value in zip(told, values[answers].tolist(), strict=True) if name in t]
         rows.append(
             {
                 "attribute": name,
                 "chance": 100 * float((random / others).sum()),
                 "errors": len(queries),
-                "n_wrong": int((values[wanted] != values[found]).sum()),
+                "n_wrong": int((values[targets] != values[answers]).sum()),
                 "n_told": len(ruled_out),
                 "n_told_and_wrong": sum(ruled_out),
             }
@@ -91,14 +91,14 @@ def family_share(evaluation: Evaluation, truth: Truth, split: str) -> pd.DataFra
 def _people_shown(evaluation: Evaluation, truth: Truth, split: str) -> pd.DataFrame:
     """Family and attributes of the person on each picture of the gallery, as the truth knows them."""
     gallery = evaluation.gallery
-    known = truth.pictures(split)["identity"].reindex(gallery["image"]).to_numpy()
-    if (wrong := known != gallery["identity"].to_numpy()).any():
+    identities = truth.pictures(split)["identity"].reindex(gallery["image"]).to_numpy()
+    if (wrong := identities != gallery["identity"].to_numpy()).any():
         image, identity = gallery[["image", "identity"]].iloc[int(wrong.argmax())]
         raise AnnotationError(
             f"picture {image!r} shows identity {identity} in the evaluation and another or nobody in the ground truth "
             f"of {truth.root}, split {split!r}; give the truth and the split that were evaluated"
         )
-    return truth.people(split).loc[known].reset_index(drop=True)
+    return truth.people(split).loc[identities].reset_index(drop=True)
 
 
 def _errors(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
@@ -106,11 +106,11 @@ def _errors(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     queries = np.flatnonzero(evaluation.metrics[TEXT_TO_IMAGE].first_rank > 1)
     gallery = F.normalize(evaluation.image_features.double(), dim=1)
     shown = evaluation.gallery["identity"].to_numpy()
-    wanted = evaluation.rows["identity"].to_numpy()
+    targets = evaluation.rows["identity"].to_numpy()
     step = max(1, CHUNK_ELEMENTS // len(gallery))
-    found = [np.empty(0, np.int64)]
+    answers = [np.empty(0, np.int64)]
     for chunk in (queries[i : i + step] for i in range(0, len(queries), step)):
         text = F.normalize(evaluation.text_features[torch.from_numpy(chunk)].double(), dim=1)
         scores = (text @ gallery.T).float().numpy()  # rounded as in `feature_metrics`, so that ranks agree
-        found.append(np.where(shown == wanted[chunk][:, None], -np.inf, scores).argmax(axis=1))
-    return queries, np.concatenate(found)
+        answers.append(np.where(shown == targets[chunk][:, None], -np.inf, scores).argmax(axis=1))
+    return queries, np.concatenate(answers)

@@ -93,9 +93,9 @@ class Changer:
         Raises:
             AnnotationError: the stored picture is not what the renderer makes of its truth record.
         """
-        path, known = self._images / site.phrase["image"], self._pictures[site.phrase["image"]]
+        path, record = self._images / site.phrase["image"], self._pictures[site.phrase["image"]]
         stored = np.asarray(Image.open(path))
-        person, view = Person(**known["attributes"]), (known["camera"], known["seed"], self._size)
+        person, view = Person(**record["attributes"]), (record["camera"], record["seed"], self._size)
         if not np.array_equal(picture_of(person, *view), stored):
             raise AnnotationError(
                 f"{path} is not what the renderer makes of its truth record, so a change cannot be told from the rest; "
@@ -110,8 +110,8 @@ class Changer:
     def caption(self, site: Site) -> Counterfactual | None:
         """Change the caption; None where no single word can be replaced."""
         values = [value for value, _ in self._others(site)]
-        found = changed_caption(site.phrase["caption"], site.phrase, site.attribute, values)
-        return Counterfactual(site, *found) if found else None
+        replacement = changed_caption(site.phrase["caption"], site.phrase, site.attribute, values)
+        return Counterfactual(site, *replacement) if replacement else None
 
     def _others(self, site: Site) -> list[tuple[str, Person]]:
         """The values that the words rule out, in random order, each with its person."""
@@ -149,7 +149,7 @@ def draw_counterfactuals(dataset: Dataset, split: str, pairs: int = 300, seed: i
     places: dict[str, list[Site]] = {name: [] for name in ATTRIBUTES}
     for site in read_sites(dataset, split):
         places[site.attribute].append(site)
-    found = []
+    counterfactuals = []
     for number in range(2):
         rng = np.random.default_rng([seed, number])
         changer = Changer(dataset, split, rng)
@@ -161,8 +161,8 @@ def draw_counterfactuals(dataset: Dataset, split: str, pairs: int = 300, seed: i
             if made := next(turn, None):
                 drawn.append(made)
                 turns.append(turn)
-        found += drawn
-    return found
+        counterfactuals += drawn
+    return counterfactuals
 
 
 def _made(
@@ -225,13 +225,13 @@ def _lexicons(attribute: str) -> tuple[dict[str, set[str]], ...]:
 
 def _said(words: str, lexicon: dict[str, set[str]], told: set[str]) -> tuple[int, int] | None:
     """Where in a phrase the word is that means exactly `told`; None unless there is one such place."""
-    found = [
+    spans = [
         match.span()
         for word, means in lexicon.items()
         if means == told
         for match in re.finditer(rf"(?<![\w-]){re.escape(word)}(?![\w-])", words, re.IGNORECASE)
     ]
-    whole = [(a, b) for a, b in found if not any((c, d) != (a, b) and c <= a and b <= d for c, d in found)]
+    whole = [(a, b) for a, b in spans if not any((c, d) != (a, b) and c <= a and b <= d for c, d in spans)]
     return whole[0] if len(whole) == 1 else None
 
 
@@ -295,13 +295,13 @@ def changed_people(person: Person, attribute: str, season: str, rng: np.random.G
     a side). Values that would force another change are left out: white sneakers do not become boots, which are
     never white.
     """
-    found = {}
+    people = {}
     for value in options(attribute, person.to_dict(), season):
         if value != getattr(person, attribute):
             changed = change(person, attribute, rng, season, value)
             if _nothing_else_changes(person, changed, attribute) and _possible(changed, season):
-                found[value] = changed
-    return found
+                people[value] = changed
+    return people
 
 
 def _nothing_else_changes(person: Person, changed: Person, attribute: str) -> bool:

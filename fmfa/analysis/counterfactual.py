@@ -42,27 +42,27 @@ class Scores:
     spread: float
 
 
-def score_counterfactuals(system: System, dataset: Dataset, found: Sequence[Counterfactual]) -> Scores:
+def score_counterfactuals(system: System, dataset: Dataset, changes: Sequence[Counterfactual]) -> Scores:
     """Encode pictures and captions, as they were and changed, in the way an evaluation does."""
-    names = sorted({c.site.phrase["image"] for c in found})
-    texts = sorted({c.site.phrase["caption"] for c in found})
+    names = sorted({c.site.phrase["image"] for c in changes})
+    texts = sorted({c.site.phrase["caption"] for c in changes})
     with tempfile.TemporaryDirectory() as folder:
         paths = [dataset.images / name for name in names]
-        for number, made in enumerate(found):
+        for number, made in enumerate(changes):
             if not isinstance(made.changed, str):
                 paths.append(Path(folder) / f"{number}.png")
                 Image.fromarray(made.changed).save(paths[-1], compress_level=1)
         pictures = _unit(encode_images(system.model, paths, system.transform, progress=False))
-    changed_texts = [c.changed for c in found if isinstance(c.changed, str)]
+    changed_texts = [c.changed for c in changes if isinstance(c.changed, str)]
     captions = _unit(encode_captions(system.model, texts + changed_texts, system.tokenizer, progress=False))
-    picture = np.array([names.index(c.site.phrase["image"]) for c in found])
-    caption = np.array([texts.index(c.site.phrase["caption"]) for c in found])
+    picture = np.array([names.index(c.site.phrase["image"]) for c in changes])
+    caption = np.array([texts.index(c.site.phrase["caption"]) for c in changes])
     similarity = pictures @ captions.T
-    changed = np.array([c.kind == PICTURE for c in found])
+    changed = np.array([c.kind == PICTURE for c in changes])
     other_picture = np.where(changed, len(names) + np.cumsum(changed) - 1, picture)
     other_caption = np.where(changed, caption, len(texts) + np.cumsum(~changed) - 1)
-    shown = dict(zip(picture, (c.site.phrase["identity"] for c in found), strict=True))
-    meant = dict(zip(caption, (c.site.phrase["identity"] for c in found), strict=True))
+    shown = dict(zip(picture, (c.site.phrase["identity"] for c in changes), strict=True))
+    meant = dict(zip(caption, (c.site.phrase["identity"] for c in changes), strict=True))
     strangers = np.array([[shown[i] != meant[j] for j in range(len(texts))] for i in range(len(names))])
     unpaired = similarity[: len(names), : len(texts)][strangers]
     return Scores(
@@ -103,31 +103,31 @@ def measure_counterfactual(
         ConfigError: see `draw_counterfactuals`.
         AnnotationError: see `draw_counterfactuals`.
     """
-    found = draw_counterfactuals(dataset, split, pairs, seed)
-    scores = score_counterfactuals(system, dataset, found)
-    return tabulate(found, scores, seed)
+    changes = draw_counterfactuals(dataset, split, pairs, seed)
+    scores = score_counterfactuals(system, dataset, changes)
+    return tabulate(changes, scores, seed)
 
 
-def tabulate(found: Sequence[Counterfactual], scores: Scores, seed: int = 0) -> pd.DataFrame:
+def tabulate(changes: Sequence[Counterfactual], scores: Scores, seed: int = 0) -> pd.DataFrame:
     """Return the table of `measure_counterfactual` from scored pairs; `seed` is of the bootstrap."""
     generator = np.random.default_rng(seed)
     shift = scores.before - scores.after
     right = np.where(shift == 0, 0.5, shift > 0)
-    identity = np.array([c.site.phrase["identity"] for c in found])
-    kinds, attributes = (np.array([getattr(c, n) for c in found]) for n in ("kind", "attribute"))
+    identity = np.array([c.site.phrase["identity"] for c in changes])
+    kinds, attributes = (np.array([getattr(c, n) for c in changes]) for n in ("kind", "attribute"))
     rows = []
     for kind in (PICTURE, CAPTION):
         for name in (ALL, *ATTRIBUTES):
-            chosen = (kinds == kind) & ((attributes == name) | (name == ALL))
-            if not chosen.any():
+            selection = (kinds == kind) & ((attributes == name) | (name == ALL))
+            if not selection.any():
                 continue
-            interval = bootstrap_interval(right[chosen], identity[chosen], generator)
-            mean = float(shift[chosen].mean())
+            interval = bootstrap_interval(right[selection], identity[selection], generator)
+            mean = float(shift[selection].mean())
             rows.append(
                 {
                     "kind": kind,
                     "attribute": name,
-                    "pairs": int(chosen.sum()),
+                    "pairs": int(selection.sum()),
                     "right": interval.estimate,
                     "right_low": interval.low,
                     "right_high": interval.high,

@@ -72,8 +72,8 @@ def draw_phrases(dataset: Dataset, split: str, count: int, seed: int = 0) -> pd.
         AnnotationError: the data set has no ground truth, or no such split.
     """
     table = _all_phrases(dataset, split)
-    chosen = np.random.default_rng(seed).permutation(len(table))[:count]
-    return table.iloc[np.sort(chosen)].reset_index(drop=True)
+    rows = np.random.default_rng(seed).permutation(len(table))[:count]
+    return table.iloc[np.sort(rows)].reset_index(drop=True)
 
 
 def pick_phrases(
@@ -159,11 +159,11 @@ def average_precision(maps: np.ndarray, true: np.ndarray) -> np.ndarray:
         maps: [P, N].
         true: bool [P, N], at least one of each row.
     """
-    found = np.empty(len(maps))
+    precision = np.empty(len(maps))
     for row, (values, relevant) in enumerate(zip(maps, true)):
         above = values[None, :] >= values[relevant][:, None]  # [R, N]: what is ranked no lower than each true patch
-        found[row] = (above[:, relevant].sum(axis=1) / above.sum(axis=1)).mean()
-    return found
+        precision[row] = (above[:, relevant].sum(axis=1) / above.sum(axis=1)).mean()
+    return precision
 
 
 def phrase_scores(maps: dict[str, np.ndarray], true: np.ndarray, prior: np.ndarray) -> dict[str, pd.DataFrame]:
@@ -209,13 +209,13 @@ def grounding_table(phrases: pd.DataFrame, scores: dict[str, pd.DataFrame], *, s
     groups += [(ALL, bin_, phrases["visibility"] == bin_) for bin_ in phrases["visibility"].drop_duplicates()]
     rows = []
     for name, table in scores.items():
-        for part, visibility, chosen in groups:
-            chosen = np.asarray(chosen)
-            found = table[chosen]
-            identity = phrases["identity"].to_numpy()[chosen]
-            interval = bootstrap_interval(found["hit"].to_numpy(), identity, generator)
-            row = {"map": name, "part": part, "visibility": visibility, "phrases": len(found)}
-            rows.append(row | found.mean().to_dict() | {"hit_low": interval.low, "hit_high": interval.high})
+        for part, visibility, selection in groups:
+            selection = np.asarray(selection)
+            part_scores = table[selection]
+            identity = phrases["identity"].to_numpy()[selection]
+            interval = bootstrap_interval(part_scores["hit"].to_numpy(), identity, generator)
+            row = {"map": name, "part": part, "visibility": visibility, "phrases": len(part_scores)}
+            rows.append(row | part_scores.mean().to_dict() | {"hit_low": interval.low, "hit_high": interval.high})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

@@ -90,4 +90,4 @@ def guess_colours(system: System, image: Tensor, captions: Sequence[str]) -> pd.
         One row per caption that names a colour (index: the colour), columns as in `guess_word`.
     """
     first = {pair: words[0] for pair, caption in enumerate(captions) if (words := colour_words(system, caption))}
-    return pd.DataFrame([guess_word(system, image, captions, *known).loc[known[1]] for known in first.items()])
+    return pd.DataFrame([guess_word(system, image, captions, *place).loc[place[1]] for place in first.items()])

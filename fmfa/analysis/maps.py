@@ -59,51 +59,51 @@ def _batch_maps(system: System, images: Path, phrases: pd.DataFrame) -> dict[str
     captions = system.tokenizer(phrases["caption"].tolist()).to(device)
     with torch.no_grad():
         seen, read = model.encode_image(pictures).tokens, model.encode_text(captions).tokens
-    chosen = _phrase_positions(system, phrases, read.shape[1]).to(device)
-    maps = token_maps(model, seen, read, chosen)
+    phrase_mask = _phrase_positions(system, phrases, read.shape[1]).to(device)
+    maps = token_maps(model, seen, read, phrase_mask)
     alone = system.tokenizer(phrases["phrase"].tolist()).to(device)
     return maps | {GRADIENT: gradient_relevance(model, pictures, alone).clamp(min=0)}
 
 
 @torch.no_grad()
-def token_maps(model: Retriever, image_tokens: Tensor, text_tokens: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+def token_maps(model: Retriever, image_tokens: Tensor, text_tokens: Tensor, phrase_mask: Tensor) -> dict[str, Tensor]:
     """The maps that come from tokens; see `phrase_maps`.
 
     Args:
         model: whose objectives give EFA's threshold, and whose `irr` the cross attention, if any.
         image_tokens: [B, 1+N, D].
         text_tokens: [B, L, D].
-        chosen: bool [B, L], the phrase's tokens.
+        phrase_mask: bool [B, L], the phrase's tokens.
 
     Returns:
         [B, N] by name.
     """
-    wanted = getattr(model, "objectives", None)
-    efa = {"sigma": wanted.efa_sigma, "keep": wanted.efa_keep} if wanted and wanted.efa else {}
+    objectives = getattr(model, "objectives", None)
+    efa = {"sigma": objectives.efa_sigma, "keep": objectives.efa_keep} if objectives and objectives.efa else {}
     similarity = text_tokens @ image_tokens[:, 1:].transpose(1, 2)  # [B, L, N]
-    dense = _mean_of(similarity, chosen)
+    dense = _mean_of(similarity, phrase_mask)
     maps = {
         TOKEN_PATCH: dense - dense.amin(dim=1, keepdim=True),
-        SPARSE: _mean_of(sparsify(similarity, **efa), chosen),
+        SPARSE: _mean_of(sparsify(similarity, **efa), phrase_mask),
     }
     if (head := getattr(model, "irr", None)) is not None:
         memory = head.ln_pre_i(image_tokens)
         weights = head.cross_attn(head.ln_pre_t(text_tokens), memory, memory)[1]  # [B, L, 1+N], mean over heads
-        maps[ATTENTION] = _mean_of(weights[:, :, 1:], chosen)
+        maps[ATTENTION] = _mean_of(weights[:, :, 1:], phrase_mask)
     return maps
 
 
-def _mean_of(rows: Tensor, chosen: Tensor) -> Tensor:
+def _mean_of(rows: Tensor, mask: Tensor) -> Tensor:
     """Mean over the chosen rows, [B, L, N] to [B, N]; 0 where none is chosen."""
-    weight = chosen.to(rows.dtype) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+    weight = mask.to(rows.dtype) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return (weight[:, None] @ rows)[:, 0]
 
 
 def _phrase_positions(system: System, phrases: pd.DataFrame, length: int) -> Tensor:
-    chosen = torch.zeros(len(phrases), length, dtype=torch.bool)
-    for row, phrase in zip(chosen, phrases.itertuples()):
+    mask = torch.zeros(len(phrases), length, dtype=torch.bool)
+    for row, phrase in zip(mask, phrases.itertuples()):
         row[phrase_tokens(system.tokenizer, phrase.caption, (phrase.start, phrase.end))] = True
-    return chosen
+    return mask
 
 
 def _device(model: Retriever) -> torch.device:

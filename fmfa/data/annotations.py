@@ -71,8 +71,8 @@ class Dataset:
         """The rows of one split, renumbered from 0; AnnotationError when the table has no such split."""
         rows = self.table[self.table["split"] == name]
         if rows.empty:
-            found = ", ".join(self.table["split"].unique())
-            raise AnnotationError(f"{self.name} has no split {name!r}; it has {found}")
+            splits = ", ".join(self.table["split"].unique())
+            raise AnnotationError(f"{self.name} has no split {name!r}; it has {splits}")
         return rows.reset_index(drop=True)
 
 
@@ -120,8 +120,8 @@ def read_dataset(
     table = table.iloc[np.argsort(codes, kind="stable")].reset_index(drop=True)
     table = _hold_out(table, seed, notes)
     train = table["split"] == "train"
-    known = np.unique(table["identity"][train])
-    table["label"] = np.where(train, np.searchsorted(known, table["identity"]), -1)
+    people = np.unique(table["identity"][train])
+    table["label"] = np.where(train, np.searchsorted(people, table["identity"]), -1)
     columns = ["image", "identity", "label", "split", "caption", "record"]
     table = table[[*columns, *table.columns.drop(columns)]]
     folder = Path(images).expanduser() if images is not None else file.parent / "imgs"
@@ -168,13 +168,13 @@ class _Record(BaseModel, extra="allow", loc_by_alias=False):
 def _checked(record: dict[str, Any], place: str) -> dict[str, Any]:
     """The standard fields of a record and its others."""
     try:
-        found = _Record.model_validate(record)
+        fields = _Record.model_validate(record)
     except ValidationError as error:
         advice = _Record.model_fields[str(error.errors()[0]["loc"][0])].description
         raise AnnotationError(f"{place}: {told(error)}. {advice}") from None
-    others = {name: value for name, value in (found.model_extra or {}).items() if name not in _DERIVED}
-    standard = {name: getattr(found, name) for name in _Record.model_fields}
-    return others | standard | {"caption": found.caption or [""]}
+    others = {name: value for name, value in (fields.model_extra or {}).items() if name not in _DERIVED}
+    standard = {name: getattr(fields, name) for name in _Record.model_fields}
+    return others | standard | {"caption": fields.caption or [""]}
 
 
 def _hold_out(table: pd.DataFrame, seed: int, notes: list[str]) -> pd.DataFrame:
@@ -182,11 +182,11 @@ def _hold_out(table: pd.DataFrame, seed: int, notes: list[str]) -> pd.DataFrame:
     identities = np.unique(table["identity"][train])
     if identities.size < 2 or (table["split"] == "val").any():
         return table
-    wanted = min(VALIDATION_IDENTITIES, max(1, identities.size // 5))
-    chosen = np.random.default_rng(seed).choice(identities, wanted, replace=False)
-    held_out = train & table["identity"].isin(chosen)
+    count = min(VALIDATION_IDENTITIES, max(1, identities.size // 5))
+    people = np.random.default_rng(seed).choice(identities, count, replace=False)
+    held_out = train & table["identity"].isin(people)
     notes.append(
-        f"The file has no validation split: {wanted:,} of {identities.size:,} training identities "
+        f"The file has no validation split: {count:,} of {identities.size:,} training identities "
         f"({held_out.sum():,} captions) were held out for validation with seed {seed}; see column 'held_out'."
     )
     return table.assign(split=table["split"].mask(held_out, "val"), held_out=held_out)
@@ -205,8 +205,8 @@ def canonical_name(text: str) -> str:
     if re.search("[\ud800-\udfff]", text):
         raise ConfigError(f"the name of the data set is {text!r}, which is not valid Unicode; correct it")
     plain = _letters(text)
-    if known := _published(text):
-        return known
+    if published := _published(text):
+        return published
     domain = plain.removeprefix(_letters(SIMPEDES)) if plain.startswith(_letters(SIMPEDES)) else None
     if domain is not None and domain in ("", *DOMAINS):
         return "-".join([SIMPEDES, *filter(None, [domain])])
@@ -238,33 +238,33 @@ def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, st
             set than `name`.
         ConfigError: see `canonical_name`.
     """
-    root, wanted = Path(root).expanduser(), canonical_name(name or "")
+    root, name = Path(root).expanduser(), canonical_name(name or "")
     files = _annotation_files(root)
     said = {file: _said(file) for file in files}
-    known = [file for file in files if said[file]]
-    if not wanted:
-        fitting = known or files
-    elif wanted in REAL or wanted.startswith(SIMPEDES):
-        fitting = [file for file in known if said[file] == wanted or said[file].startswith(f"{wanted}-")]
-        fitting = fitting or (files if wanted in REAL and not known else [])
+    published = [file for file in files if said[file]]
+    if not name:
+        fitting = published or files
+    elif name in REAL or name.startswith(SIMPEDES):
+        fitting = [file for file in published if said[file] == name or said[file].startswith(f"{name}-")]
+        fitting = fitting or (files if name in REAL and not published else [])
     else:
         fitting = [file for file in files if not said[file]]
         fitting = fitting or [file for file in files if said[file] == _GENERIC.get(file.name.lower()) == "CUHK-PEDES"]
     lower = [file.name.lower() for file in fitting]
     if "reid_raw.json" in lower and "caption_all.json" in lower:
         del fitting[lower.index("caption_all.json")]
-    found = ", ".join(file.name + f" ({said[file]})" * bool(said[file]) for file in files)
+    listing = ", ".join(file.name + f" ({said[file]})" * bool(said[file]) for file in files)
     if not fitting:
         marks = f"{SIMPEDES} has dataset.json and truth/ beside its reid_raw.json"
-        advice = marks if wanted.startswith(SIMPEDES) else "a set of your own needs a file name like mine.json"
+        advice = marks if name.startswith(SIMPEDES) else "a set of your own needs a file name like mine.json"
         raise AnnotationError(
-            f"{root}: no annotation file of {wanted}; found {found}. Correct the name of the data set or leave it out; "
+            f"{root}: no annotation file of {name}; found {listing}. Correct the name of the data set or leave it out; "
             f"{advice}"
         )
     if len(fitting) > 1:
-        raise AnnotationError(f"{root}: several annotation files ({found}); give one of them as root, or a name")
+        raise AnnotationError(f"{root}: several annotation files ({listing}); give one of them as root, or a name")
     file = fitting[0]
-    named = (wanted if wanted != SIMPEDES else "") or said[file] or canonical_name(file.stem)
+    named = (name if name != SIMPEDES else "") or said[file] or canonical_name(file.stem)
     if named.startswith(SIMPEDES) and not said[file]:
         raise AnnotationError(f"{file}: {SIMPEDES} by its name, but dataset.json and truth/ do not lie beside it")
     return file, named

@@ -214,10 +214,11 @@ def check_counts(name: str, table: pd.DataFrame) -> Iterator[Finding]:
         people = tuple(counts.get(split, (0,))[0] for split in SPLITS)
         older = people == (3901, 100, 100)
         words = "the older split; results do not compare" if older else "the usual split"
-        known = older or people == (3701, 200, 200)
-        words = words if known else "expected 3701 / 200 / 200 or the older 3901 / 100 / 100"
+        expected = older or people == (3701, 200, 200)
+        words = words if expected else "expected 3701 / 200 / 200 or the older 3901 / 100 / 100"
         shown = " / ".join(map(str, people))
-        yield "RSTPReid split version", "note" if known else "warning", int(not known), f"{shown} identities: {words}"
+        severity = "note" if expected else "warning"
+        yield "RSTPReid split version", severity, int(not expected), f"{shown} identities: {words}"
         name = OLDER if older else name
     for split in SPLITS:
         published = PUBLISHED.get((name, split))

@@ -82,8 +82,8 @@ def load_image(path: str | Path) -> Image.Image:
             names the file.
     """
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
-        found = "is no picture file, but a folder, pipe or broken link" if os.path.lexists(path) else "no such file"
-        raise ImageError(f"{path}: {found}; check the image folder and the path in the annotations")
+        state = "is no picture file, but a folder, pipe or broken link" if os.path.lexists(path) else "no such file"
+        raise ImageError(f"{path}: {state}; check the image folder and the path in the annotations")
     try:
         with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             width, height = image.size
@@ -108,8 +108,8 @@ def _refuse_open_end(file: BinaryIO, path: str | Path) -> None:
     """A half-written JPEG padded with zeros decodes without complaint: walk the first picture to its end marker."""
     file.seek(0)
     data, position = file.read(), 2
-    while found := _JPEG_MARKER.search(data, position):
-        marker, position = found[1][0], found.end()
+    while segment := _JPEG_MARKER.search(data, position):
+        marker, position = segment[1][0], segment.end()
         if marker == _JPEG_END:
             return
         if marker < _JPEG_FIRST or marker == _JPEG_START:
@@ -139,8 +139,8 @@ def _reason(path: str | Path, error: Exception) -> str:
     if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS and "HEIF" not in _FORMATS:
         return "a HEIC picture, which needs one more package: pip install pillow-heif"
     if isinstance(error, Image.UnidentifiedImageError):
-        known = ", ".join(_FORMATS)
-        return f"not a picture in a supported format ({known}), or its header is damaged; replace the file"
+        formats = ", ".join(_FORMATS)
+        return f"not a picture in a supported format ({formats}), or its header is damaged; replace the file"
     return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())}); replace the file"
 
 

@@ -244,10 +244,10 @@ class PairDataset(Dataset):
 def _state(path: Path) -> tuple[int, int]:
     """Size and time of change; zeros for a file that is not there, which reading will tell."""
     try:
-        found = path.stat()
+        state = path.stat()
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return state.st_size, state.st_mtime_ns
 
 
 def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0) -> DataLoader:
@@ -325,13 +325,13 @@ def mask_tokens(
         The masked ids, and the labels: the original id where a token was chosen, else 0. Both as `ids`.
     """
     ordinary = (ids > 0) & (ids < tokenizer.mask_id)
-    chosen = ordinary & (torch.rand(ids.shape, generator=generator) < probability)
-    chosen[..., 1] |= ordinary[..., 1] & ~chosen.any(-1)
+    targets = ordinary & (torch.rand(ids.shape, generator=generator) < probability)
+    targets[..., 1] |= ordinary[..., 1] & ~targets.any(-1)
     fate = torch.rand(ids.shape, generator=generator)
     random = torch.randint(1, tokenizer.mask_id, ids.shape, generator=generator)
     replacement = torch.where(fate < RANDOM, random, tokenizer.mask_id)
-    replaced = chosen & (fate < 1 - KEPT)
-    return torch.where(replaced, replacement, ids), torch.where(chosen, ids, 0)
+    replaced = targets & (fate < 1 - KEPT)
+    return torch.where(replaced, replacement, ids), torch.where(targets, ids, 0)
 
 
 def masked_positions(labels: Tensor) -> Tensor:
@@ -339,6 +339,6 @@ def masked_positions(labels: Tensor) -> Tensor:
 
     K is the largest number of a row, rounded up to a multiple of 4 (at most L), so that few shapes occur.
     """
-    chosen = labels != 0
-    most = max(int(chosen.sum(dim=1).max()), 1)
-    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, : -(-most // 4) * 4]
+    targets = labels != 0
+    most = max(int(targets.sum(dim=1).max()), 1)
+    return targets.int().argsort(dim=1, descending=True, stable=True)[:, : -(-most // 4) * 4]

@@ -55,9 +55,9 @@ class PartMaps:
         if swapped:
             phrases = [(swapped_span(caption, span), part) for span, part in phrases]
             caption = swap_sides(caption)
-        found = torch.full((length,), -1)
+        parts = torch.full((length,), -1)
         for position, characters in enumerate(self._tokenizer.offsets(caption)[:length]):
             for (start, end), part in phrases:
                 if characters and characters[0] < end and start < characters[1]:
-                    found[position] = part
-        return found
+                    parts[position] = part
+        return parts

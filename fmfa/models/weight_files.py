@@ -54,15 +54,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path}: cannot be read safely ({_reason(path, error)}). Expected safetensors, a torch file that holds "
             "nothing but tensors and plain values, or a TorchScript archive"
         ) from None  # torch's own message advises unsafe loading
-    found = _state_dict(content)
-    if not found:
+    state = _state_dict(content)
+    if not state:
         held = f"a dictionary with {_listed(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise CheckpointError(
             f"{path}: holds no tensors by name; expected a state dict, alone or under {', '.join(OUTER_KEYS)}, "
             f"found {held}"
         )
     tensors: dict[str, Tensor] = {}
-    for name, value in found.items():
+    for name, value in state.items():
         plain = _unwrapped(str(name))
         if plain in tensors or not plain.isprintable():
             what = "two tensors named" if plain in tensors else "a tensor with the unprintable name"
@@ -116,8 +116,8 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is a Git LFS pointer: fetch the file itself with git lfs pull"
     if needed := re.search(r"GLOBAL (\S+) (?:was|whose)|refers to (\S+),", str(error)):
         return f"it refers to {needed[1] or needed[2]}, which is not allowed because it could run code"
-    known = start[8:9] == b"{" or start.startswith((b"PK", b"\x80"))
-    return "damaged, cut short or of another kind" if known else f"it begins with {start[:20]!r}"
+    is_weights = start[8:9] == b"{" or start.startswith((b"PK", b"\x80"))
+    return "damaged, cut short or of another kind" if is_weights else f"it begins with {start[:20]!r}"
 
 
 def _state_dict(content: Any, depth: int = 3) -> dict[Any, Tensor] | None:
@@ -125,11 +125,11 @@ def _state_dict(content: Any, depth: int = 3) -> dict[Any, Tensor] | None:
     if not isinstance(content, dict) or not depth:
         return None
     for key in OUTER_KEYS:
-        if found := _state_dict(content.get(key), depth - 1):
-            return found
-    if found := _tensors(content):
-        return found
-    inside = [found for value in content.values() if (found := _tensors(value))]
+        if tensors := _state_dict(content.get(key), depth - 1):
+            return tensors
+    if tensors := _tensors(content):
+        return tensors
+    inside = [tensors for value in content.values() if (tensors := _tensors(value))]
     return inside[0] if len(inside) == 1 else None
 
 

@@ -176,11 +176,11 @@ def _fit(
     for part, names in parts.items():
         if lost := [name for name in names if name not in accepted]:
             fitting = sum(name in accepted for names in parts.values() for name in names)
-            wanted = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
+            examples = ", ".join(f"{name} ({unfit.get(name, 'not in the file')})" for name in lost[:NAMED])
             raise CheckpointError(
                 f"{source}: {fitting or 'none'} of its {len(state)} tensors fit{'s' * (fitting < 2)} this model's "
                 f"{network}, whose {part} would keep random values in {len(lost)} of {len(names)} tensors; looked for "
-                f"{wanted}{' and more' * (len(lost) > NAMED)}. The file has {_kinds(state) or 'no tensors'}. "
+                f"{examples}{' and more' * (len(lost) > NAMED)}. The file has {_kinds(state) or 'no tensors'}. "
                 f"Expected weights of the same sizes with the names of {layouts}"
             )
     model.load_state_dict(accepted, strict=False)
@@ -223,14 +223,14 @@ def find_weights(pretrained: str | Path, backbone: str | None = None) -> Path:
             "Without a network, fetch the file elsewhere and give its path instead of the name"
         ) from error
     what = "is a folder" if Path(text).is_dir() else "no such file"
-    if known := list_pretrained_tags_by_model(backbone) if backbone else []:
-        what += f", and {backbone} has no weights of this name, only {', '.join(known)}"
+    if tags := list_pretrained_tags_by_model(backbone) if backbone else []:
+        what += f", and {backbone} has no weights of this name, only {', '.join(tags)}"
     raise CheckpointError(f"weights {text!r}: {what}; give the path of a weight file, or hf-hub:ORGANISATION/NAME")
 
 
-def _layout(found: Mapping[str, Tensor]) -> str:
+def _layout(state: Mapping[str, Tensor]) -> str:
     for prefix, layout in (("base_model.", "IRRA"), ("clip.", "fmfa"), ("encode_text.", TBPS_CLIP)):
-        if any(name.startswith(prefix) for name in found):
+        if any(name.startswith(prefix) for name in state):
             return layout
     return "CLIP"
 
@@ -247,7 +247,7 @@ def _own_name(name: str, layout: str, custom_text: bool) -> str:
     return f"clip.text.{name}" if custom_text and name.startswith(TEXT_TOWER) else f"clip.{name}"
 
 
-def _likely_grids(model: ClipRetriever | IvtRetriever, found: State, path: str) -> list[dict[Grid, str]]:
+def _likely_grids(model: ClipRetriever | IvtRetriever, state: State, path: str) -> list[dict[Grid, str]]:
     """Grids for `table_grid`: what the file says of itself, then those of the model and of its backbone."""
     said = {grid: "as recorded"} if (grid := recorded_grid(path)) else {}
     if isinstance(model, IvtRetriever):
@@ -255,7 +255,7 @@ def _likely_grids(model: ClipRetriever | IvtRetriever, found: State, path: str) 
         return [said, {replace(model.sizes, stride=s).grid: f"these pictures at stride {s}" for s in strides}]
     patch = model.clip.visual.patch_size
     with suppress(KeyError, RuntimeError, ValueError, OverflowError):  # OpenAI's files have the side of their pictures
-        side = int(found["input_resolution"])
+        side = int(state["input_resolution"])
         said[side // patch[0], side // patch[1]] = "of the file's input_resolution"
     size = model.config["backbone"]["vision_cfg"].get("image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size

@@ -54,8 +54,8 @@ def _hits(axis: Axes, table: pd.DataFrame, by: str) -> None:
     order = [ALL, *(sorted(order, key=_bin_start) if by == "visibility" else order)]
     places = np.arange(len(order))
     for row, name in enumerate(names):
-        found = table[table["map"] == name].set_index(by).loc[order]
-        hit, low, high = (100 * found[column].to_numpy() for column in ("hit", "hit_low", "hit_high"))
+        rows = table[table["map"] == name].set_index(by).loc[order]
+        hit, low, high = (100 * rows[column].to_numpy() for column in ("hit", "hit_low", "hit_high"))
         shifted = places + (row - (len(names) - 1) / 2) * 0.17
         axis.errorbar(hit, shifted, xerr=np.abs([hit - low, high - hit]), fmt=_MARKERS[name], markersize=5,
                       color=f"C{MAPS.index(name)}", linewidth=1, capsize=2, label=name)  # fmt: skip
@@ -183,9 +183,9 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
         AnnotationError: `dataset` is no SimPEDES, or its pictures are not those of this renderer.
     """
     strips = _draw_strips(dataset, split, np.random.default_rng(seed))
-    found = [made for strip in strips for made in strip]
-    scores = score_counterfactuals(system, dataset, found)
-    before, after = (dict(zip(map(id, found), values.tolist())) for values in (scores.before, scores.after))
+    counterfactuals = [made for strip in strips for made in strip]
+    scores = score_counterfactuals(system, dataset, counterfactuals)
+    before, after = (dict(zip(map(id, counterfactuals), values.tolist())) for values in (scores.before, scores.after))
     figure, lines = plt.subplots(len(strips), CHANGES + 2, figsize=(9.5, 2.9 * len(strips)), squeeze=False,
                                  width_ratios=[3.9] + [1] * (CHANGES + 1), layout="constrained")  # fmt: skip
     for (text, original, *places), strip in zip(lines, strips, strict=True):

@@ -62,12 +62,12 @@ def plot_counts(dataset: Dataset) -> Figure:
 
 def plot_captions(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     """Show caption lengths and how the vocabulary grows, beside what the papers publish; returns the table too."""
-    found = words(dataset.table["caption"])
-    lengths = found.str.len()
-    vocabulary = Counter(word for caption in found for word in caption)
+    captions = words(dataset.table["caption"])
+    lengths = captions.str.len()
+    vocabulary = Counter(word for caption in captions for word in caption)
     seen: set[str] = set()
     growth = []
-    for caption in found:
+    for caption in captions:
         seen.update(caption)
         growth.append(len(seen))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
@@ -145,13 +145,14 @@ def plot_attributes(truth: Truth, split: str) -> Figure:
 def plot_families(dataset: Dataset, split: str) -> Figure:
     """Show five families of look-alikes side by side, with the attributes in which they differ."""
     truth = dataset.require_truth()
-    chosen = [family for _, family in truth.people(split).groupby("family", sort=False) if len(family) > 1][:5]
+    families = [family for _, family in truth.people(split).groupby("family", sort=False) if len(family) > 1][:5]
     shown = truth.pictures(split).reset_index().drop_duplicates("identity").set_index("identity")["image"]
-    size = max(map(len, chosen))
-    figure, axes = plt.subplots(1, len(chosen) * size, figsize=(1.35 * len(chosen) * size, 4.4), layout="constrained")
+    size = max(map(len, families))
+    columns = len(families) * size
+    figure, axes = plt.subplots(1, columns, figsize=(1.35 * columns, 4.4), layout="constrained")
     for axis in axes:
         axis.set_axis_off()
-    for k, family in enumerate(chosen):
+    for k, family in enumerate(families):
         for axis, identity in zip(axes[k * size :], family.index, strict=False):
             axis.imshow(load_image(dataset.images / shown[identity]), interpolation="nearest")
             axis.set_title(f"id {identity}", fontsize=8)

@@ -182,36 +182,36 @@ def plot_guesses(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def plot_dropping(kept: Sequence[Tensor], picture: np.ndarray, grid: PatchGrid, words: Sequence[str]) -> Figure:
+def plot_dropping(positions: Sequence[Tensor], picture: np.ndarray, grid: PatchGrid, words: Sequence[str]) -> Figure:
     """Show what bidirectional mask modelling leaves of a picture and of a caption.
 
     Args:
-        kept: positions that stay, counted from 1, of the patches and of the words.
+        positions: positions that stay, counted from 1, of the patches and of the words.
         picture: uint8 [H, W, 3].
         grid: the model's patches.
         words: the caption's pieces, in order.
     """
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.0), width_ratios=(1, 1, 5), layout="constrained")
-    shown = np.isin(1 + np.arange(np.prod(grid.shape)), kept[0].numpy()).reshape(grid.shape)
+    shown = np.isin(1 + np.arange(np.prod(grid.shape)), positions[0].numpy()).reshape(grid.shape)
     height, width = (side // parts for side, parts in zip(picture.shape, grid.shape, strict=False))
     seen = np.where(np.kron(shown, np.ones((height, width), bool))[..., None], picture, 255)
-    titles = "picture", f"{len(kept[0])} of {shown.size} patches"
+    titles = "picture", f"{len(positions[0])} of {shown.size} patches"
     for axis, values, title in zip(axes, (picture, seen), titles, strict=False):
         axis.imshow(values)
         axis.set_title(title, fontsize=9)
-    _write_words(axes[2], words, set(kept[1].tolist()))
+    _write_words(axes[2], words, set(positions[1].tolist()))
     for axis in axes:
         axis.axis("off")
     return figure
 
 
-def _write_words(axis: Axes, words: Sequence[str], kept: set[int]) -> None:
+def _write_words(axis: Axes, words: Sequence[str], positions: set[int]) -> None:
     x, y = 0.0, 0.9
     for place, word in enumerate(words, start=1):
         width = 0.017 * len(word) + 0.02
         if x + width > 1:
             x, y = 0.0, y - 0.12
-        style: dict[str, Any] = {"color": "black"} if place in kept else {"color": "0.7", "style": "italic"}
+        style: dict[str, Any] = {"color": "black"} if place in positions else {"color": "0.7", "style": "italic"}
         axis.text(x, y, word, fontsize=10, transform=axis.transAxes, family="monospace", parse_math=False, **style)
         x += width
-    axis.set_title(f"{len(kept)} of {len(words)} word pieces (grey: dropped)", fontsize=9)
+    axis.set_title(f"{len(positions)} of {len(words)} word pieces (grey: dropped)", fontsize=9)

@@ -147,8 +147,8 @@ def pick_queries(evaluation: Evaluation, count: int, seed: int = 0) -> dict[str,
         Row positions in `evaluation.rows`, ascending; fewer than `count` if there are no more.
     """
     rank, rng = evaluation.metrics[TEXT_TO_IMAGE].first_rank, np.random.default_rng(seed)
-    found = {"hits": np.flatnonzero(rank == 1), "misses": np.flatnonzero(rank > 10)}
-    return {k: sorted(rng.choice(rows, min(count, len(rows)), replace=False).tolist()) for k, rows in found.items()}
+    queries = {"hits": np.flatnonzero(rank == 1), "misses": np.flatnonzero(rank > 10)}
+    return {k: sorted(rng.choice(rows, min(count, len(rows)), replace=False).tolist()) for k, rows in queries.items()}
 
 
 def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence[int]) -> Figure:

@@ -91,10 +91,10 @@ def plot_similarities(evaluations: Mapping[str, Evaluation], seed: int = 0) -> F
                                 sharey=True, layout="constrained")  # fmt: skip
     for axis, (name, evaluation) in zip(axes[0], evaluations.items()):
         total = len(evaluation.rows)
-        chosen = np.random.default_rng(seed).choice(total, min(2000, total), replace=False)
-        text = F.normalize(evaluation.text_features[torch.from_numpy(chosen)], dim=1)
+        sample = np.random.default_rng(seed).choice(total, min(2000, total), replace=False)
+        text = F.normalize(evaluation.text_features[torch.from_numpy(sample)], dim=1)
         cosine = (text @ F.normalize(evaluation.image_features, dim=1).T).numpy()
-        own = evaluation.rows["identity"].to_numpy()[chosen][:, None] == evaluation.gallery["identity"].to_numpy()
+        own = evaluation.rows["identity"].to_numpy()[sample][:, None] == evaluation.gallery["identity"].to_numpy()
         edges = np.linspace(cosine.min(), cosine.max(), 60)
         for values, label, style in ((cosine[own], "matched", "-"), (cosine[~own], "unmatched", "--")):
             axis.hist(values, edges, density=True, histtype="step", linestyle=style, linewidth=1.8,
@@ -120,30 +120,30 @@ def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, seed: int
     """
     family = truth.people(split)["family"]
     names = family.unique()
-    chosen = np.random.default_rng(seed).choice(names, min(6, len(names)), replace=False).tolist()
+    selection = np.random.default_rng(seed).choice(names, min(6, len(names)), replace=False).tolist()
     sides, means = [], []
     for kind, table, features in (
         ("picture", evaluation.gallery, evaluation.image_features),
         ("caption", evaluation.rows, evaluation.text_features),
     ):
         of = table["identity"].map(family)
-        kept = of.isin(chosen).to_numpy()
-        unit = F.normalize(features[torch.tensor(kept)], dim=1)
+        mask = of.isin(selection).to_numpy()
+        unit = F.normalize(features[torch.tensor(mask)], dim=1)
         means.append(unit.mean(dim=0))
-        people = table["identity"].to_numpy()[kept]
+        people = table["identity"].to_numpy()[mask]
         sides.append(
-            (unit - means[-1], pd.DataFrame({"kind": kind, "family": of.to_numpy()[kept], "identity": people}))
+            (unit - means[-1], pd.DataFrame({"kind": kind, "family": of.to_numpy()[mask], "identity": people}))
         )
     vectors, table = torch.cat([unit for unit, _ in sides]), pd.concat([t for _, t in sides], ignore_index=True)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
     table[["x", "y"]] = TSNE(perplexity=perplexity, metric="cosine", random_state=seed).fit_transform(vectors.numpy())
     gap = float((means[0] - means[1]).norm())
     figure, axis = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
-    for place, name in enumerate(chosen):
+    for place, name in enumerate(selection):
         members, colour = table[table["family"] == name], f"C{place % 10}"
         for kind, marker, face in (("picture", "o", colour), ("caption", "^", "none")):
-            found = members[members["kind"] == kind]
-            axis.scatter(found["x"], found["y"], marker=marker, s=30, edgecolors=colour, facecolors=face)
+            points = members[members["kind"] == kind]
+            axis.scatter(points["x"], points["y"], marker=marker, s=30, edgecolors=colour, facecolors=face)
         centre = members[["x", "y"]].median()
         box = {"boxstyle": "circle", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
         axis.annotate(str(place + 1), centre, fontsize=12, weight="bold", ha="center", va="center", bbox=box)
@@ -152,7 +152,7 @@ def plot_joint_space(evaluation: Evaluation, truth: Truth, split: str, seed: int
         xlabel=f"t-SNE (cosine, perplexity {perplexity:.0f}): neighbours are close together, distances have no unit",
         xticks=[],
         yticks=[],
-        title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(chosen)} families; "
+        title=f"{counts['picture']} pictures (●) and {counts['caption']} captions (△) of {len(selection)} families; "
         f"gap between the modalities' means {gap:.2f}",
     )
     axis.title.set_fontsize(9)

@@ -144,10 +144,10 @@ class IvtPretrainer(IvtRetriever):
 
     def _words(self, batch: Mapping[str, Tensor], image_tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """MLM's logits [M, V] and original ids [M] of the words asked for."""
-        chosen = batch["masked_labels"] != 0
+        targets = batch["masked_labels"] != 0
         masked = self.encode_text(batch["masked_ids"], mask)
         fused = self.encoder_fusion(masked.tokens, mask, image_tokens)
-        return self.encoder_fusion.words(fused[chosen]), batch["masked_labels"][chosen]
+        return self.encoder_fusion.words(fused[targets]), batch["masked_labels"][targets]
 
 
 def itc_uniform(logits: Tensor, labels: Tensor) -> Tensor:

@@ -68,11 +68,11 @@ def pretrain_model(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = {key: value.to(device) for key, value in batch.items()}
-            found = train_step(model, optimizer, batch, (settings["seed"], step), settings["precision"])
+            outcome = train_step(model, optimizer, batch, (settings["seed"], step), settings["precision"])
             step += 1
             bar.update()
             if step % every == 0 or step == steps:
-                losses, stats = ({name: round(value.item(), 4) for name, value in x.items()} for x in found)
+                losses, stats = ({name: round(value.item(), 4) for name, value in x.items()} for x in outcome)
                 if not all(map(math.isfinite, losses.values())):
                     raise TrainingError(
                         f"a loss is not finite after {step * batch_size:,} pairs ({losses}); lower learning_rate, or "

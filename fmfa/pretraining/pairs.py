@@ -120,11 +120,11 @@ def pairs_to_see(
     source: Subset | WebStream
     unseen: Subset | WebStream
     if pair_list:
-        found = ImageCaptionList(pair_list, images, method.augmented)
-        if len(found) < 4:
-            raise ConfigError(f"{pair_list}: {len(found)} pairs with a caption; pre-training needs four or more")
-        kept = len(found) - min(HELD_OUT, max(2, len(found) // 10))
-        source, unseen = Subset(found, range(kept)), Subset(found, range(kept, len(found)))
+        pairs = ImageCaptionList(pair_list, images, method.augmented)
+        if len(pairs) < 4:
+            raise ConfigError(f"{pair_list}: {len(pairs)} pairs with a caption; pre-training needs four or more")
+        split = len(pairs) - min(HELD_OUT, max(2, len(pairs) // 10))
+        source, unseen = Subset(pairs, range(split)), Subset(pairs, range(split, len(pairs)))
     else:
         size = method.augmented.size
         source, unseen = WebStream(seed, size, count), WebStream(seed + 1_000_000, size, HELD_OUT)

@@ -69,16 +69,16 @@ class SpanMasking:
         if pieces < 1:
             return []
         number = min(MOST, max(1, round(SHARE * pieces)))
-        chosen: set[int] = set()
+        positions: set[int] = set()
         for start in 1 + generator.permutation(pieces):
-            if len(chosen) >= number:
+            if len(positions) >= number:
                 break
-            if start not in chosen:
+            if start not in positions:
                 longer = generator.random() < LONGER
                 stop = start + (int(generator.integers(2, 4)) if longer else 1)
-                chosen.update(self._whole_words(ids, int(start), min(int(stop), len(ids))))
-        kept = generator.permutation(sorted(chosen))[:number]
-        return sorted(kept.tolist())
+                positions.update(self._whole_words(ids, int(start), min(int(stop), len(ids))))
+        selection = generator.permutation(sorted(positions))[:number]
+        return sorted(selection.tolist())
 
     def _whole_words(self, ids: Sequence[int], start: int, stop: int) -> range:
         """The span widened to the ends of its words."""

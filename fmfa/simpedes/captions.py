@@ -165,14 +165,14 @@ class _Annotator:
 
     def _worn(self) -> list[tuple[str, Phrase]]:
         """Main garments in a free order; a top under an open jacket needs a front view."""
-        p, found = self.p, []
+        p, phrases = self.p, []
         main, detail = self.style.mention, self.style.detail
         over = p.outer != "none" and self._sees("outer")
         if over and self._chance(main):
-            found.append(("", self._thing("outer", "outer", "outer_colour")))
+            phrases.append(("", self._thing("outer", "outer", "outer_colour")))
         part = "dress" if p.top == "dress" else "top"
         if self._sees(part) and (not over or (self.front and self._chance(0.85))) and self._chance(main):
-            joint = " over " if found and self._chance(0.5) else ""
+            joint = " over " if phrases and self._chance(0.5) else ""
             top = self._thing(part, "top", "top_colour", pattern=True)
             if p.top_pattern == "logo" and p.outer == "none" and self.front and p.held in ("none", "suitcase"):
                 colour, values = self._word(COLOUR_WORDS, p.pattern_colour)
@@ -181,9 +181,9 @@ class _Annotator:
                     logo = {"pattern_colour": values, "top_pattern": ("logo",)}
                     where = self._one_of("", " on the front")
                     top = replace(top, text=f"{top.text} with a {colour} {what}{where}", told={**top.told, **logo})
-            found.append((joint, top))
+            phrases.append((joint, top))
         if p.lower != "none" and self._sees("lower") and self._chance(main):
-            found.append(("", self._thing("lower", "lower", "lower_colour")))
+            phrases.append(("", self._thing("lower", "lower", "lower_colour")))
         tail = [
             ("", self._thing(part, kind, colour))
             for part, kind, colour in (
@@ -197,13 +197,13 @@ class _Annotator:
             tail.append(("", Phrase(f"{colour} scarf", "scarf", {"scarf_colour": values})))
         if p.glasses != "none" and self._sees("glasses") and self._chance(detail):
             tail.append(("", self._thing("glasses", "glasses")))
-        if len(found) > 1 and not any(joint for joint, _ in found) and self._chance(0.25):
-            found.reverse()
-        return found + [tail[i] for i in self.rng.permutation(len(tail))]
+        if len(phrases) > 1 and not any(joint for joint, _ in phrases) and self._chance(0.25):
+            phrases.reverse()
+        return phrases + [tail[i] for i in self.rng.permutation(len(tail))]
 
     def _carried(self) -> list[tuple[str, Phrase, str]]:
         """Bags and held things: (verb, phrase, where)."""
-        p, found = self.p, []
+        p, items = self.p, []
         if p.bag != "none" and self._sees("bag") and self._chance(self.style.detail + 0.1):
             phrase, where = self._thing("bag", "bag", "bag_colour"), ""
             said = phrase.told["bag"]
@@ -213,15 +213,15 @@ class _Annotator:
                 at = "in {} {} hand" if p.bag == "handbag" else "at {} {} side"
                 where = " " + at.format(self.possessive, p.bag_side)
                 phrase = replace(phrase, told={**phrase.told, "bag_side": (p.bag_side,)})
-            found.append((self._one_of("carrying", "carrying", "with"), phrase, where))
+            items.append((self._one_of("carrying", "carrying", "with"), phrase, where))
         if p.held != "none" and self._sees("held") and self._chance(self.style.detail):
             phrase, where = self._thing("held", "held", "held_colour"), ""
             if self._chance(0.35):
                 where = f" in {self.possessive} {p.held_side} hand"
                 phrase = replace(phrase, told={**phrase.told, "held_side": (p.held_side,)})
             verb = "pulling" if phrase.told["held"] == ("suitcase",) else "holding"
-            found.append((verb, phrase, where))
-        return found
+            items.append((verb, phrase, where))
+        return items
 
     def write(self) -> Caption:
         """Compose the caption."""

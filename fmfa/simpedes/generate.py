@@ -148,13 +148,13 @@ def _is_finished(root: Path, recipe: Recipe) -> bool:
     if finished:
         truth = Truth(root)
         truth.check()
-        found = truth.record["recipe"]
+        contents = truth.record["recipe"]
     elif (root / RECIPE).exists() or (root / TRUTH).exists():
-        found = read_object(root, RECIPE)
+        contents = read_object(root, RECIPE)
     else:
         return False
-    if found != asdict(recipe):
-        differing = {k: (found.get(k), v) for k, v in asdict(recipe).items() if found.get(k) != v}
+    if contents != asdict(recipe):
+        differing = {k: (contents.get(k), v) for k, v in asdict(recipe).items() if contents.get(k) != v}
         raise ConfigError(
             f"{root} holds a SimPEDES of another recipe: {differing} (found, asked for). "
             f"Choose another folder, or delete this one."

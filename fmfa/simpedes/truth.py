@@ -94,18 +94,18 @@ class Truth:
         Raises:
             AnnotationError: a caption that the truth does not have.
         """
-        known = {
+        phrases = {
             (record["file_path"], caption["text"]): caption["phrases"]
             for record in reversed(self.records(split))
             for caption in reversed(record["captions"])
         }
-        wanted = list(zip(rows["image"], rows["caption"], strict=True))
-        if unknown := next((key for key in wanted if key not in known), None):
+        keys = list(zip(rows["image"], rows["caption"], strict=True))
+        if unknown := next((key for key in keys if key not in phrases), None):
             raise AnnotationError(
                 f"{self.root}: the truth of {split} lacks the caption {unknown[1]!r} of {unknown[0]}; take every "
                 "caption with its own picture, as SimPEDES wrote it"
             )
-        return [known[key] for key in wanted]
+        return [phrases[key] for key in keys]
 
     def parts(self, split: str) -> dict[str, np.ndarray]:
         """Part maps by image: uint8 [H, W], positions in `canvas.PARTS`."""
@@ -164,8 +164,8 @@ def parse_shard(content: bytes) -> Iterator[dict]:
     yield from map(json.loads, content.splitlines())
 
 
-def _damaged(root: str | Path, found: object) -> AnnotationError:
+def _damaged(root: str | Path, fault: object) -> AnnotationError:
     return AnnotationError(
-        f"{found}: the SimPEDES in {root} is damaged or unfinished; delete this folder and make it again "
+        f"{fault}: the SimPEDES in {root} is damaged or unfinished; delete this folder and make it again "
         "(python -m fmfa.simpedes --help)"
     )
