@@ -1,12 +1,14 @@
-"""Files written whole or not at all, folders locked by one process, JSON read with one kind of error."""
+"""Files written whole or not at all, folders locked by one process, JSON and the records of what is running."""
 
 import hashlib
 import json
 import os
 import socket
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,40 @@ def read_json(path: str | Path, error: type[FmfaError] = ConfigError) -> dict[st
     return data
 
 
+@contextmanager
+def status_record(
+    path: str | Path, record: dict[str, Any], failing: str, error: type[FmfaError] = ConfigError
+) -> Iterator[dict[str, Any]]:
+    """Keep a JSON record of what the body does, what it adds to the yielded record included.
+
+    Added are `status`, which is "running" inside, so that a killed body shows, then "finished", "interrupted" (Ctrl-C,
+    SystemExit) or "failed", the times `started` (unless given) and `finished`, and `error` in words.
+
+    Raises:
+        error: the record cannot be written; the message begins with `failing`.
+        Whatever the body raises.
+    """
+    record |= {"status": "running", "started": record.get("started", now()), "finished": None, "error": None}
+    with said_plainly(failing, error):
+        write_json(path, record)
+    try:
+        yield record
+    except BaseException as reason:
+        stopped = isinstance(reason, KeyboardInterrupt | SystemExit)
+        record |= {"status": "interrupted" if stopped else "failed", "finished": now(), "error": _in_words(reason)}
+        with suppress(OSError):  # a full disk must not hide the error that is on its way
+            write_json(path, record)
+        raise
+    record |= {"status": "finished", "finished": now()}
+    with said_plainly(failing, error):
+        write_json(path, record)
+
+
+def now() -> str:
+    """The time, UTC in ISO format with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def content_checksum(content: Mapping[str, Any]) -> str:
     """SHA-256 of a record as JSON, without its own field `checksum`."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
@@ -116,6 +152,12 @@ def held_folder(folder: str | Path, error: type[FmfaError] = ConfigError) -> Ite
         yield
     finally:
         lock.release()
+
+
+def _in_words(error: BaseException) -> str:
+    if kind := getattr(error, "ename", ""):  # of a notebook's cell
+        return f"{kind}: {getattr(error, 'evalue', '')}"
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +30,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 import fmfa.errors
 from fmfa.errors import ConfigError, nearest, told
-from fmfa.files import PROJECT, said_plainly, whole_file, write_json
+from fmfa.files import PROJECT, said_plainly, status_record, whole_file
 
 KERNEL = "python3"
 QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connection to this machine
@@ -70,8 +69,8 @@ def run_notebook(
         html: export the executed notebook as HTML.
 
     Returns:
-        The record: notebook, output, status ("finished"), error (None), started, finished (UTC), given (the
-        parameters as given), parameters (all of them, resolved).
+        The record: notebook, output, given (the parameters as given), parameters (all of them, resolved), and what
+        `fmfa.files.status_record` adds.
 
     Raises:
         ConfigError: unknown parameter, value of another type, or `output` is not a notebook of its own or cannot be
@@ -83,31 +82,16 @@ def run_notebook(
         raise ConfigError(f"the output {output} must be an .ipynb file other than the notebook itself")
     given = dict(parameters or {})
     resolved = resolve_parameters(notebook_parameters(notebook), given)
-    record: dict[str, Any] = {
-        "notebook": str(notebook),
-        "output": str(output),
-        "status": "running",
-        "error": None,
-        "started": _now(),
-        "finished": None,
-        "given": given,
-        "parameters": resolved,
-    }
-    with said_plainly(f"{output} cannot be written"):
+    record = {"notebook": str(notebook), "output": str(output), "given": given, "parameters": resolved}
+    failing = f"{output} cannot be written"
+    with said_plainly(failing):
         output.parent.mkdir(parents=True, exist_ok=True)
         for stale in (output, output.with_suffix(".html")):
             stale.unlink(missing_ok=True)
-        write_json(status_path(output), record)
     try:
-        _execute(notebook, output, {name: resolved[name] for name in given}, timeout)
-        record["status"] = "finished"
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        record |= {"status": "interrupted" if stopped else "failed", "error": _describe(error)}
-        raise
+        with status_record(status_path(output), record, failing):
+            _execute(notebook, output, {name: resolved[name] for name in given}, timeout)
     finally:
-        record["finished"] = _now()
-        write_json(status_path(output), record)
         if html and output.exists():
             _export_html(output)
     return record
@@ -216,16 +200,6 @@ def _export_html(output: Path) -> None:
 def _is_ours(error: Exception) -> bool:
     """Whether a cell ended with an error that is written for users, who need no traceback then."""
     return hasattr(fmfa.errors, getattr(error, "ename", ""))
-
-
-def _describe(error: BaseException) -> dict[str, Any]:
-    cell = getattr(error, "exec_count", None)
-    kind = getattr(error, "ename", type(error).__name__)
-    return {"type": kind, "message": str(getattr(error, "evalue", error)), "cell": cell}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def add_parameter_options(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,8 @@ import os
 import platform
 import socket
 import subprocess
-import traceback
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 
 from fmfa.errors import ConfigError, TrainingError
-from fmfa.files import PROJECT, flush, read_json, said_plainly, whole_file, write_json
+from fmfa.files import PROJECT, flush, now, read_json, said_plainly, status_record, whole_file
 
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
@@ -39,44 +38,25 @@ PACKAGES = (
 def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
     """Keep `run.json` in `folder` while the body runs, and note how the body ended.
 
-    The record holds `content`, versions, commit, times and the status: "running" inside, then "finished",
-    "interrupted" (Ctrl-C, SystemExit) or "failed" with the error. A folder that was run before keeps its
-    first start time and lists the later ones under `resumed`. What the body adds to the yielded dict is
-    written at its end.
+    The record holds `content`, versions, commit, and what `status_record` adds. A folder that was run before keeps its
+    first start time and lists the later ones under `resumed`.
 
     Raises:
         TrainingError: the record cannot be written.
         Whatever the body raises.
     """
-    path = Path(folder) / RECORD
-    earlier = read_record(folder)
+    path, earlier = Path(folder) / RECORD, read_record(folder)
     record: dict[str, Any] = {
         **content,
-        "status": "running",
-        "started": earlier.get("started", _now()),
-        "resumed": [*earlier.get("resumed", []), *([_now()] if "started" in earlier else [])],
-        "finished": None,
-        "error": None,
+        "started": earlier.get("started", now()),
+        "resumed": [*earlier.get("resumed", []), *([now()] if "started" in earlier else [])],
         "host": socket.gethostname(),
         "process": os.getpid(),
         "versions": package_versions(),
         "git": git_state(),
     }
-    with _written(path):
-        write_json(path, record)
-    try:
+    with status_record(path, record, _cannot_be_written(path), TrainingError):
         yield record
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        record["status"] = "interrupted" if stopped else "failed"
-        record["error"] = "".join(traceback.format_exception_only(error)).strip()
-        record["finished"] = _now()
-        with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
-            write_json(path, record)
-        raise
-    record["status"], record["finished"] = "finished", _now()
-    with _written(path):
-        write_json(path, record)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -90,7 +70,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
             if name in record and not isinstance(record[name], kind):
                 raise ConfigError(f"{path}: {name} is {str(record[name])[:100]!r}; expected {kind}")
         for name in ("started", "finished"):
-            datetime.fromisoformat(record.get(name) or _now())
+            datetime.fromisoformat(record.get(name) or now())
     except ValueError as error:
         return {"status": "unreadable", "error": str(error)}
     return record
@@ -150,14 +130,11 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
 
 
 def _written(path: Path) -> contextlib.AbstractContextManager[None]:
-    return said_plainly(
-        f"{path} cannot be written; start the same run again when it can be, and it goes on from its last checkpoint",
-        TrainingError,
-    )
+    return said_plainly(_cannot_be_written(path), TrainingError)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _cannot_be_written(path: Path) -> str:
+    return f"{path} cannot be written; start the same run again when it can be, and it goes on from its last checkpoint"
 
 
 def package_versions() -> dict[str, str | None]:

@@ -133,9 +133,7 @@ def _executed(path: Path) -> tuple[dict[str, Any], str]:
         return {}, str(error)
     if record.get("status") == "finished":
         return record, ""
-    why = record.get("error")
-    told = f"{why.get('type')}: {why.get('message')}" if isinstance(why, dict) else "it did not run to its end"
-    return record, told
+    return record, str(record.get("error") or "it did not run to its end")
 
 
 def _box(**content: Any) -> NotebookNode:

@@ -144,8 +144,7 @@ class Watch:
             return
         self.failed.append(step)
         self.ahead.discard(f"{Path(step).parent}/evaluate")
-        error = record.get("error") or {}
-        reason = " ".join(f"{error.get('type')}: {error.get('message')}".split())[:300]
+        reason = " ".join(str(record.get("error")).split())[:300]
         self._say(step, f"{record['status'].upper()}, {reason} (see {step}.html)")
 
     def _name(self, step: str) -> str:

@@ -310,8 +310,7 @@ def test_a_failing_cell_keeps_the_notebook_and_says_so(write, tmp_path, capsys):
     assert "never" not in text
     record = json.loads(status_path(output).read_text())
     assert record["status"] == "failed"
-    assert record["error"]["type"] == "OSError"
-    assert record["error"]["message"] == "disk <full>"
+    assert record["error"] == "OSError: disk <full>"
     assert record["parameters"]["learning_rate"] == 1e-5
     assert "disk &lt;full&gt;" in output.with_suffix(".html").read_text()
 
@@ -349,7 +348,7 @@ def test_an_error_for_users_is_told_without_a_traceback(write, tmp_path, capsys)
     output = tmp_path / "out.ipynb"
     assert main([str(notebook), str(output)]) == 1
     assert capsys.readouterr().err == f"error: the disk is full; make room\nrecord: {status_path(output)}\n"
-    assert json.loads(status_path(output).read_text())["error"]["type"] == "TrainingError"
+    assert json.loads(status_path(output).read_text())["error"] == "TrainingError: the disk is full; make room"
 
 
 def test_parameters_are_listed(write, capsys):

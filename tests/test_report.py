@@ -87,7 +87,7 @@ def results(tmp_path):
     (folder / "irra-0" / "run.json").write_text('{"status": "finished", "best_epoch": 4}')
     for page in ("irra-0/train.html", "on-other/comparison.html"):
         (folder / page).write_text("")
-    executed(folder / "fmfa-0" / "train.ipynb", "2. How?", [], "failed", {"type": "OSError", "message": "disk <full>"})
+    executed(folder / "fmfa-0" / "train.ipynb", "2. How?", [], "failed", "OSError: disk <full>")
     return folder
 
 
@@ -129,7 +129,7 @@ def test_the_page_stands_alone_and_lists_every_run(results):
 
 
 def test_a_failed_notebook_says_so(results):
-    executed(results / "comparison.ipynb", "4. Which?", [], "failed", {"type": "ConfigError", "message": "no <run>"})
+    executed(results / "comparison.ipynb", "4. Which?", [], "failed", "ConfigError: no <run>")
     assert "This notebook failed: ConfigError: no &lt;run&gt;" in write_report(results).read_text()
 
 
@@ -218,7 +218,7 @@ def test_names_of_folders_rows_and_data_sets_are_text(tmp_path):
         executed(folder / f"data-{name}.ipynb", "1. What?", [figure()])
         executed(folder / name / "comparison.ipynb", "4. Which?", cells)
         for run in (folder / f"{name}-0", folder / "on-x" / f"{name}-0"):
-            executed(run / "evaluate.ipynb", "3. How?", [figure()], "failed", {"type": word, "message": word})
+            executed(run / "evaluate.ipynb", "3. How?", [figure()], "failed", word)
             (run / "train.html").write_text("found")
             (run / "run.json").write_text(json.dumps(dict.fromkeys(("status", "device", "best_epoch"), name)))
         return write_report(folder, shown=[f"{name}-0"]).read_text()

@@ -610,7 +610,7 @@ def test_the_time_that_is_left_is_told_after_every_epoch_and_now_and_then(tmp_pa
     note(f"{folder}/clip-0/train", "finished", end=2000)
     assert lines()[0].startswith("clip-0/train: finished in 33 minutes")
     assert watch.left() == 5 * 400  # the other training, alone in the end
-    error = {"type": "TrainingError", "message": "the loss is\nnot finite"}
+    error = "TrainingError: the loss is\nnot finite"
     note(f"{folder}/clip-1/train", "failed", start=2000, end=2010, error=error)
     assert lines()[1].startswith(
         "clip-1/train: FAILED, TrainingError: the loss is not finite (see runs/standard/clip-1/train.html)"
