@@ -193,7 +193,7 @@ def test_the_command_lists_every_parameter_with_help_choices_and_default(capsys)
     ("given", "message"),
     [
         (["-p", "epoch", "3"], "unknown parameter 'epoch'; did you mean epochs?"),
-        (["-p", "epochs", "many"], "epochs is 'many' (str), expected int"),
+        (["-p", "epochs", "many"], "epochs: should be a valid integer, found 'many'"),
         (["-p", "method", "fmfb"], "did you mean fmfa?"),
         (["-f", "missing.yml"], "cannot read parameters from missing.yml"),
     ],
