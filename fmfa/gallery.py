@@ -7,7 +7,6 @@ are on disk before its rows are, so that a kill at any moment leaves a gallery t
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import mmap
@@ -36,7 +35,7 @@ from fmfa.files import flush, held_folder, read_json, said_plainly, write_json
 from fmfa.milvus import MilvusVectors, open_milvus, send_vectors
 from fmfa.nearest import Codes, build_codes, open_codes
 from fmfa.progress import progress_bar
-from fmfa.systems import System, add_model_options, load_system, model_options
+from fmfa.systems import System, add_model_options, fingerprint, load_system, model_options
 
 RECORD = "gallery.json"
 TABLE = "gallery.sqlite"
@@ -358,15 +357,6 @@ def refresh_gallery(folder: str | Path, system: System, *, progress: bool = True
         faults |= build_gallery(folder, system=system, described=gallery.record["system"], progress=progress, **entry)
     gone = [path for path in open_gallery(folder).rows()["path"] if not os.path.isfile(path)]
     return remove_pictures(folder, gone), faults
-
-
-def fingerprint(system: System) -> str:
-    """Name a system by its weights and by how it reads pictures; equal for equal systems only."""
-    digest = hashlib.blake2b(repr(system.transform).encode(), digest_size=16)
-    for name, tensor in sorted(system.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def add_system_options(parser: argparse.ArgumentParser) -> None:

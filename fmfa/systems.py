@@ -4,21 +4,27 @@ import argparse
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+import torch
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.pretrained import list_pretrained_tags_by_model
 
 from fmfa.data.annotations import SIMPEDES, Dataset, canonical_name
 from fmfa.data.datasets import DATA, open_dataset, project_path, which_dataset
-from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, tbps_clip_evaluation
+from fmfa.data.images import ImageTransform, fmfa_evaluation, ivt_evaluation, resolve_image, tbps_clip_evaluation
 from fmfa.devices import choose_device
 from fmfa.errors import CheckpointError, ConfigError, TrainingError
-from fmfa.evaluation.evaluate import Evaluation, evaluate
-from fmfa.files import PROJECT, read_json
+from fmfa.evaluation.cost import TRAINING_HEADS
+from fmfa.evaluation.evaluate import Evaluation, evaluate, gallery_of
+from fmfa.files import PROJECT, read_json, whole_file
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.ivt import IvtConfig, IvtRetriever
 from fmfa.models.objectives import objectives
@@ -34,6 +40,7 @@ from fmfa.models.weights import (
     recorded_model,
     start_from_vit_and_bert,
 )
+from fmfa.records import device_name
 from fmfa.text.bytepair import Tokenizer, backbone_tokenizer
 from fmfa.text.wordpiece import WordPieceTokenizer, wordpiece_tokenizer
 from fmfa.training.checkpoints import STATE, WEIGHTS, checked, selected_checkpoint
@@ -41,6 +48,8 @@ from fmfa.training.config import TrainConfig
 from fmfa.training.fit import CONFIG, launched_rank, run_config, train
 
 NO_WEIGHTS = "none"
+TRAINING_SETTINGS = ("objectives", "identities", "loss", "tau", "mask_image", "mask_text")
+"""Of a model's configuration, what changes no embedding."""
 START, VOCABULARY = "weights.txt", "vocab.txt"
 TINY_BACKBONE, TINY_WEIGHTS = DATA / "tiny_clip_config.json", DATA / "tiny_clip.safetensors"
 TINY_IRRA_WEIGHTS = DATA / "tiny_irra.safetensors"
@@ -211,6 +220,53 @@ def load_start(source: str | Path, dataset: Dataset, device: str = "cpu") -> Sys
     system = build_system(run_config(run), dataset)
     system.model.to(choose_device(device))
     return system
+
+
+def evaluate_start(
+    source: str | Path, dataset: Dataset, split: str, device: str = "cpu", *, seed: int = 0
+) -> Evaluation | None:
+    """Encode and score a split with the weights that a run started from; see `load_start`.
+
+    The features are kept in `.starts` beside the run folders, for all runs that start from the same encoders: a file is
+    named after these, the captions' tokens, the pictures' bytes, the device, the threads and torch. A damaged one is
+    made again, and where none can be written none is kept.
+    """
+    run, system = _run_of(Path(source)), load_start(source, dataset, device)
+    if run is None or system is None:
+        return None
+    rows = dataset.split(split).reset_index(drop=True)
+    gallery = gallery_of(rows)
+    digest = hashlib.sha256(fingerprint(system, without=TRAINING_HEADS).encode())
+    used = {name: value for name, value in system.model.config.items() if name not in TRAINING_SETTINGS}
+    place = device_name(choose_device(device)), torch.get_num_threads(), torch.__version__
+    digest.update(repr((sorted(used.items()), place)).encode())
+    digest.update(system.tokenizer(rows["caption"].tolist()).numpy().tobytes())
+    for path in (resolve_image(dataset.images, name) for name in gallery["image"]):
+        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"missing").digest())
+    file = run.parent / ".starts" / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(file) as kept:
+            text, image = (torch.from_numpy(kept[side]) for side in ("text", "image"))
+        if (len(text), len(image)) == (len(rows), len(gallery)):
+            return Evaluation(rows, gallery, text, image, seed)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):  # not there, or damaged
+        pass
+    found = system.evaluate(dataset, split, seed=seed)
+    with suppress(OSError):
+        file.parent.mkdir(exist_ok=True)
+        with whole_file(file) as part:
+            np.savez(part, text=found.text_features.numpy(), image=found.image_features.numpy())
+    return found
+
+
+def fingerprint(system: System, without: tuple[str, ...] = ()) -> str:
+    """Name a system by its weights, but for those whose names begin as said, and by how it reads pictures."""
+    digest = hashlib.blake2b(repr(system.transform).encode(), digest_size=16)
+    for name, tensor in sorted(system.model.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def run_training(config: TrainConfig, folder: str | Path) -> Path:

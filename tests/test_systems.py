@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from formats import write_cuhk, write_icfg
@@ -29,7 +30,9 @@ from fmfa.study.selection import epochs_table, score_epochs
 from fmfa.systems import (
     TINY_BACKBONE,
     TINY_VOCABULARY,
+    System,
     build_system,
+    evaluate_start,
     load_start,
     load_system,
     load_systems,
@@ -215,6 +218,46 @@ def test_an_interrupted_ivt_ends_with_the_same_weights(root, backbone, tmp_path,
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     before = load_start(tmp_path / "parts", open_dataset("SimPEDES-street", root)).model.state_dict()
     assert any(not torch.equal(value, states[1][name]) for name, value in before.items())
+
+
+def test_the_start_of_several_runs_is_encoded_once(root, backbone, tmp_path, monkeypatch):
+    data, encoded = open_dataset("SimPEDES-street", root), []
+    plain = System.evaluate
+    monkeypatch.setattr(System, "evaluate", lambda *given, **named: encoded.append(given) or plain(*given, **named))
+    for name, changes in {"a": {}, "b": {"mask_text": 0.5}, "c": {"seed": 1}, "d": {"image_height": 64}}.items():
+        run_training(ivt(root, backbone, epochs=1, **changes), tmp_path / name)
+    expected = load_start(tmp_path / "a", data).evaluate(data, "test", seed=3)
+
+    def found(run="a", split="test"):
+        before = len(encoded)
+        return evaluate_start(tmp_path / run, data, split, seed=3), len(encoded) - before
+
+    for run, times in (("a", 1), ("a", 0), ("b", 0), ("c", 1), ("d", 1), ("a", 0)):  # c has other random weights
+        evaluation, took = found(run)
+        assert took == times, run
+        if run in "ab":
+            assert torch.equal(evaluation.text_features, expected.text_features)
+            assert torch.equal(evaluation.image_features, expected.image_features)
+            pd.testing.assert_frame_equal(evaluation.table(), expected.table())
+            pd.testing.assert_frame_equal(evaluation.per_query(), expected.per_query())
+    for name, times in (("clip", 1), ("irra", 0)):  # which share their encoders, and have heads of their own
+        run_training(TrainConfig(method=name, root=str(root), epochs=0, device="cpu"), tmp_path / name)
+        assert found(name)[1] == times
+    assert found(split="val")[1] == 1
+    files = sorted((tmp_path / ".starts").iterdir())
+    assert len(files) == 5
+    contents = [file.read_bytes() for file in files]
+    for damage in (lambda b: b"", lambda b: b[:-9], lambda b: b"x" + b[1:], lambda b: b[:999] + b"\0\1" + b[1001:]):
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(damage(content))
+        assert found()[1] == 1
+        assert torch.equal(found()[0].text_features, expected.text_features)
+    picture = data.images / data.split("test")["image"].iloc[0]
+    content = picture.read_bytes()
+    picture.write_bytes(content + b" ")
+    assert found()[1] == 1
+    picture.write_bytes(content)
+    assert evaluate_start("/irra.pth", data, "test") is None
 
 
 def test_a_damaged_run_is_not_opened(root, backbone, tmp_path):
