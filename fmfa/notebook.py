@@ -252,7 +252,7 @@ KINDS: dict[str, Any] = {
     "runs": list[_Path],
     "results": _RunsFolder,
     "away": list[_RunsFolder],
-    "scale": Literal["", "tiny", "small", "standard", "large"],
+    "scale": Literal["", "tiny", "small", "standard", "large", "wide"],
     "split": Literal["train", "val", "test"],
     "seed": _Count,
     "data_seed": Annotated[int, Field(ge=-1)],

@@ -44,7 +44,7 @@ def open_dataset(
             `which_dataset`.
         root: its folder or annotation file. SimPEDES without one lies under `data/simpedes/`, and is written
             there on first use.
-        scale: of SimPEDES without a root: tiny, small, standard or large.
+        scale: of SimPEDES without a root: tiny, small, standard, large or wide.
         seed: of SimPEDES without a root, and of the identities held out where a set has no validation split.
         drop_empty_captions: leave captions without a word out, and pictures that have no other.
 
