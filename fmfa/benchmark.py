@@ -16,6 +16,7 @@ exact and the same on every machine; a pair is a picture with its caption, of wh
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import subprocess
@@ -42,7 +43,7 @@ from fmfa.gallery import build_gallery, open_gallery
 from fmfa.models.clip import ClipRetriever
 from fmfa.models.outputs import Encoded, Retriever
 from fmfa.models.plain import plain_losses
-from fmfa.records import device_name
+from fmfa.records import device_name, git_state
 from fmfa.simpedes.generate import generate, pictures, recipe
 from fmfa.systems import FULL_BACKBONE, NO_WEIGHTS, TINY_IVT_WEIGHTS, TINY_VOCABULARY, build_system, load_system
 from fmfa.training.batches import TableBatches, training_transform
@@ -236,10 +237,15 @@ def gallery_costs(pictures: int, size: int = 512, folder: str | Path = "") -> pd
     The vectors are between those of pairs of test pictures of SimPEDES, as the shipped CLIP encodes them, in more
     dimensions at the same angles; the queries are test captions, encoded before. One picture in 100 fits the filter.
 
+    Elapsed time depends on what else the machine does (`load`, before), core time (of all threads) hardly.
+
     Returns:
-        `figure`, `value`, `unit`.
+        `figure`, `value`, `unit`, and what they were measured with.
     """
     folder, rng = Path(folder), np.random.default_rng(0)
+    measured: dict[str, Any] = {"pictures": pictures, "dimensions": size, "threads": torch.get_num_threads()}
+    measured |= {"load": round(os.getloadavg()[0], 1), "machine": device_name("cpu")}
+    measured["commit"] = f"{state['commit']:.7}{'+' * bool(state['dirty'])}" if (state := git_state())["commit"] else ""
     data, system = open_dataset("SimPEDES"), load_system()
     system = replace(system, model=_Widened(system.model, size))
     rows = data.split("test")
@@ -251,14 +257,15 @@ def gallery_costs(pictures: int, size: int = 512, folder: str | Path = "") -> pd
         vectors[start : start + 20_000] = mixed[: pictures - start]
     names = [f"{number}.jpg" for number in range(pictures)]
     pd.DataFrame({"path": names, "camera": np.arange(pictures) % 100}).to_csv(folder / "table.csv", index=False)
-    given, begun = str(folder / "vectors.npy"), time.perf_counter()
+    given, begun = str(folder / "vectors.npy"), (time.perf_counter(), time.process_time())
     build_gallery(folder / "gallery", str(folder / "table.csv"), system, {"source": "", "model": {}}, vectors=given)
-    built = [("building", time.perf_counter() - begun, "s")]
+    ended = time.perf_counter(), time.process_time()
+    built = [(f"building, {what}", ended[n] - begun[n], "s") for n, what in enumerate(("elapsed", "core time"))]
+    built.append(("building, peak memory", _memory(torch.device("cpu")) / 2**30, "GiB"))
     queries = encode_captions(system.model, rows["caption"].sample(40, random_state=0).tolist(), system.tokenizer)
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process, for its memory
-        return pd.DataFrame(
-            built + pool.apply(_search_costs, (folder / "gallery", queries)), columns=["figure", "value", "unit"]
-        )
+        built += pool.apply(_search_costs, (folder / "gallery", queries))
+    return pd.DataFrame(built, columns=["figure", "value", "unit"]).round(4).assign(**measured)
 
 
 def _search_costs(folder: Path, queries: Tensor) -> list[tuple[str, float, str]]:
@@ -272,6 +279,7 @@ def _search_costs(folder: Path, queries: Tensor) -> list[tuple[str, float, str]]
         "1 % by a filter": {"where": "camera = 7"},
     }
     for name, way in ways.items():
+        gallery.search(queries[-1], 10, **way)
         seconds, began = [], time.process_time()
         for query in queries:
             begun = time.perf_counter()
@@ -279,9 +287,9 @@ def _search_costs(folder: Path, queries: Tensor) -> list[tuple[str, float, str]]
             seconds.append(time.perf_counter() - begun)
         cores = (time.process_time() - began) / len(queries)
         for how, value in (
-            ("median", statistics.median(seconds)),
-            ("least", min(seconds)),
-            ("of all cores, mean", cores),
+            ("elapsed, median", statistics.median(seconds)),
+            ("elapsed, least", min(seconds)),
+            ("core time, mean", cores),
         ):
             costs.append((f"{name}, {how}", 1000 * value, "ms"))
         costs.append((f"{name}, memory since the start", (process.memory_info().rss - before) / 2**30, "GiB"))
@@ -301,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder if options.gallery else None) as own:
         if options.gallery:
-            print(gallery_costs(options.gallery, folder=own).round(4).to_csv(index=False), end="")
+            print(gallery_costs(options.gallery, folder=own).to_csv(index=False), end="")
             return
         folder = (options.folder or own) if options.full_size else ""
         if options.method:

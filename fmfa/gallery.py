@@ -14,7 +14,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmfa.data.annotations import Dataset
+from fmfa.data.annotations import REAL, SIMPEDES, Dataset, canonical_name
 from fmfa.data.datasets import open_dataset
 from fmfa.errors import ConfigError, FmfaError
 from fmfa.evaluation.evaluate import encode_captions, encode_images, pictures_below
@@ -100,7 +100,9 @@ class Gallery:
             ConfigError: the condition is not valid; the columns are named.
         """
         with _connected(self.folder) as table:
-            return self._select(table, "*", where)
+            asked = self._asked(table, "*", where)
+            rows = pd.DataFrame.from_records(asked.fetchall(), columns=[name for name, *_ in asked.description])
+        return rows.sort_values("vector", ignore_index=True)
 
     def search(self, query: Tensor, k: int = 10, where: str = "", approximate: bool | None = None) -> pd.DataFrame:
         """The k pictures closest to an embedding, best first; of equal ones the earlier added.
@@ -125,26 +127,23 @@ class Gallery:
         approximate = len(self.vectors) > APPROXIMATE_ABOVE if approximate is None else approximate
         with _connected(self.folder) as table:
             table.execute("BEGIN")  # one state of the table, whoever writes to it meanwhile
-            if self.codes is None:
-                places = self._places(table, where)
+            places = self._places(table, where) if where or not self.codes else None
+            if self.codes and (places is None or len(places) > k + _RESCORED):
+                places, cosine = self._near(self.codes, table, unit, k, places, approximate)
             else:
-                chosen = self._places(table, where) if where else None
-                if chosen is not None and len(chosen) <= k + _RESCORED:
-                    places = chosen
-                else:
-                    places = self._near(self.codes, table, unit, k, chosen, approximate and not where)
-            cosine = _products(self.vectors[places], unit)
+                assert places is not None
+                cosine = _products(self.vectors[places], unit)
             order = np.argsort(-cosine, kind="stable")[:k]
             best, cosine = places[order], cosine[order]
             asked = self._asked(table, "*", _among(best))
             found = {row[0]: row for row in asked}  # by vector, the first column
         names = [name for name, *_ in asked.description]
-        rows = pd.DataFrame.from_records([found[vector] for vector in best.tolist()], columns=names)
-        usual = _products(self._sample, unit)
-        deviations = (cosine - usual.mean()) / (usual.std(ddof=1) if len(usual) > 1 else np.nan)
+        columns = list(zip(*(found[vector] for vector in best.tolist()))) or [()] * len(names)
+        mean, covariance = self._usual
+        deviations = (cosine - unit @ mean) / np.sqrt(unit @ np.einsum("de,e->d", covariance, unit))
         if isinstance(self.vectors.base, mmap.mmap) and self.codes:  # what was read stays in the system's cache alone
             self.vectors.base.madvise(mmap.MADV_DONTNEED)
-        return rows.assign(cosine=cosine, deviations=deviations)
+        return pd.DataFrame(dict(zip(names, columns)) | {"cosine": cosine, "deviations": deviations})
 
     def choices(self, most: int = 20) -> dict[str, list[Any]]:
         """By column of the user, its different values, of those columns that have 2 to `most`."""
@@ -158,47 +157,43 @@ class Gallery:
         return found
 
     def _near(
-        self,
-        codes: Codes | MilvusVectors,
-        table: sqlite3.Connection,
-        query: np.ndarray,
-        k: int,
-        places: np.ndarray | None,
-        approximate: bool,
-    ) -> np.ndarray:
-        """Some vectors in ascending order, among them the k best (if approximate, most of them)."""
-        coded, take = len(codes.vector), k + (_RESCORED if places is None and not approximate else 100)
+        self, codes: Codes | MilvusVectors, table: sqlite3.Connection, query: np.ndarray, k: int,
+        places: np.ndarray | None, approximate: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Some vectors in ascending order, among them the k best (if approximate, most of them), and their cosines."""
+        approximate, coded = approximate and places is None, len(codes.vector)
+        take = k + (_RESCORED if places is None and not approximate else 100)
         rest = self._places(table, f"vector >= {coded}") if places is None else places[places >= coded]
-        places = places if places is None else places[places < coded]
+        given = None if places is None else places[places < coded]
         while True:
-            near, bound = codes.near(query, take, places, codes.probes if approximate else 0)
-            near = np.concatenate([self._places(table, _among(near)), rest])
-            better = np.count_nonzero(_products(self.vectors[near], query) > bound)
-            if approximate or bound == -np.inf or better >= k:
-                return near
+            near, bound = codes.near(query, take, given, codes.probes if approximate else 0)
+            near = self._places(table, _among(near)) if places is None else np.sort(near)  # without those removed
+            near = np.concatenate([near, rest])
+            cosine = _products(self.vectors[near], query)
+            if approximate or bound == -np.inf or np.count_nonzero(cosine > bound) >= k:
+                return near, cosine
             take *= 8
 
     @cached_property
-    def _sample(self) -> np.ndarray:
-        """Some vectors of the gallery, float32 [S, D]."""
+    def _usual(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and covariance [D, D] of some vectors of the gallery; NaN if it has less than two."""
         drawn = np.random.default_rng(0).permutation(len(self.vectors))[:_SAMPLE]
         with _connected(self.folder) as table:
-            return self.vectors[self._places(table, _among(drawn))].astype(np.float32)
+            sample = self.vectors[self._places(table, _among(drawn))].astype(np.float64)
+        if len(sample) < 2:
+            sample = np.full((2, self.vectors.shape[1]), np.nan)
+        return sample.mean(axis=0), np.cov(sample.T).astype(np.float32)
 
     def _places(self, table: sqlite3.Connection, where: str) -> np.ndarray:
         """Vectors of the rows that a condition selects, int64 in ascending order."""
         text = self._asked(table, "group_concat(vector)", where).fetchone()[0]
         return np.sort(np.fromstring(text or "", np.int64, sep=","))
 
-    def _select(self, table: sqlite3.Connection, columns: str, where: str) -> pd.DataFrame:
-        asked = self._asked(table, columns, where)
-        return pd.DataFrame.from_records(asked.fetchall(), columns=[name for name, *_ in asked.description])
-
     def _asked(self, table: sqlite3.Connection, columns: str, where: str) -> sqlite3.Cursor:
         """Rows that a condition selects, of those whose vectors were there when the gallery was opened."""
         condition = f"vector < {len(self.vectors)}" + (f" AND ({where})" if where else "")
         try:
-            return table.execute(f"SELECT {columns} FROM pictures WHERE {condition} ORDER BY vector")
+            return table.execute(f"SELECT {columns} FROM pictures WHERE {condition}")
         except (sqlite3.Error, sqlite3.Warning) as error:
             known = ", ".join(row[1] for row in table.execute("PRAGMA table_info(pictures)"))
             raise ConfigError(f"the condition {where!r} is not valid: {error}; columns are {known}") from None
@@ -289,11 +284,11 @@ def build_gallery(
             _fit_columns(table, own)
             outdated = _outdated(table, pictures)
             faults |= _encode_into(folder, table, pictures[outdated], system, record["dimension"], given, progress)
-            kept = pictures[~outdated]
-            for name in own:
-                values = zip(map(_plain, kept[name]), kept["path"], strict=True)
+            if own:
+                kept, changed = pictures[~outdated], ", ".join(f"{_quoted(name)} = ?" for name in own)
+                values = zip(*(map(_plain, kept[name]) for name in [*own, "path"]), strict=True)
                 with table:
-                    table.executemany(f"UPDATE pictures SET {_quoted(name)} = ? WHERE path = ?", values)
+                    table.executemany(f"UPDATE pictures SET {changed} WHERE path = ?", values)
         _code(folder, system, progress)
         return faults
 
@@ -359,23 +354,18 @@ def refresh_gallery(folder: str | Path, system: System, *, progress: bool = True
     return remove_pictures(folder, gone), faults
 
 
-def add_system_options(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options that open a system; `described_system` reads them."""
-    parser.add_argument("--weights", default="", help="run, weight file or model of open_clip; empty: the shipped CLIP")
-    add_model_options(parser)
-
-
-def described_system(options: argparse.Namespace) -> dict[str, Any]:
-    """`source` and `model` of `load_system` from a parsed command line."""
-    source = _absolute(options.weights) if os.path.exists(options.weights) else options.weights
-    return {"source": source, "model": model_options(options)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 done, 2 a mistake in what was asked for."""
     options = _parser().parse_args(arguments)
     try:
-        _COMMANDS[options.command](options)
+        faults = options.run(options) or {}
+        for fault in faults.values():
+            print(f"left out: {fault}", file=sys.stderr)
+        gallery = open_gallery(options.gallery)
+        left_out = f", {len(faults):,} left out" if faults else ""
+        recall = gallery.codes.recall if isinstance(gallery.codes, Codes) else None
+        coded = f"; recall@10 of the approximate search {recall:.1%}" if recall else ""
+        print(f"{options.gallery}: {len(gallery):,} pictures{left_out}{coded}")
     except FmfaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -390,76 +380,59 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (("build", "encode a source into a gallery"), ("add", "encode a further source")):
         command = commands.add_parser(name, help=help_text)
+        command.set_defaults(run=_build)
         command.add_argument("source", help="folder, CSV or Parquet table with a column path, or name of a data set")
-        command.add_argument("--to", required=True, metavar="GALLERY", help="folder of the gallery")
+        command.add_argument("--to", required=True, dest="gallery", metavar="GALLERY", help="folder of the gallery")
         command.add_argument("--vectors", default="", help=".npy file with a vector per picture, which is not encoded")
         command.add_argument("--root", default="", help="of a data set: its folder")
         command.add_argument("--scale", default="small", help="of SimPEDES without a root")
         command.add_argument("--split", default="test", help="of a data set")
-        add_system_options(command)
+        command.add_argument("--weights", default="", help="run, weight file or open_clip model; empty: shipped CLIP")
+        add_model_options(command)
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    command = commands.add_parser("remove", help="take pictures out")
+    command = commands.add_parser("remove", help="take pictures out (refresh encodes them again if they are there)")
+    command.set_defaults(run=_remove)
     command.add_argument("gallery")
     command.add_argument("paths", nargs="+")
     command = commands.add_parser("milvus", help="let a Milvus server search")
+    command.set_defaults(run=_milvus)
     command.add_argument("gallery")
     command.add_argument("uri", help="as http://host:19530, or a file of Milvus Lite")
     command.add_argument("--collection", default="pictures", help="its name in the server; replaced")
     command = commands.add_parser("refresh", help="encode new and changed pictures, remove vanished ones")
+    command.set_defaults(run=_refresh)
     command.add_argument("gallery")
     command.add_argument("--weights", default="", help="where the system's weights are now, if they were moved")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
 
-def _build(options: argparse.Namespace) -> None:
-    described = described_system(options)
-    if options.command == "add" and not options.weights:
-        described = open_gallery(options.to).record["system"]
+def _build(options: argparse.Namespace) -> dict[str, str]:
+    weights = _absolute(options.weights) if os.path.exists(options.weights) else options.weights
+    described: dict[str, Any] = {"source": weights, "model": model_options(options)}
+    if options.command == "add" and not weights:
+        described = open_gallery(options.gallery).record["system"]
     system = load_system(described["source"], options.device, **described["model"])
     source = _absolute(options.source) if os.path.exists(options.source) else options.source
     opening = {} if os.path.exists(source) else {name: getattr(options, name) for name in ("root", "scale", "split")}
     vectors = _absolute(options.vectors) if options.vectors else ""
-    faults = build_gallery(options.to, source, system, described, vectors=vectors, **opening)
-    _tell(options.to, faults)
+    return build_gallery(options.gallery, source, system, described, vectors=vectors, **opening)
 
 
 def _remove(options: argparse.Namespace) -> None:
-    count = remove_pictures(options.gallery, options.paths)
-    print(f"{count} of {len(options.paths)} removed; {len(open_gallery(options.gallery)):,} pictures left")
+    print(f"{remove_pictures(options.gallery, options.paths)} of {len(options.paths)} removed")
 
 
-def _refresh(options: argparse.Namespace) -> None:
+def _refresh(options: argparse.Namespace) -> dict[str, str]:
     system = open_gallery(options.gallery).system(options.device, options.weights)
     removed, faults = refresh_gallery(options.gallery, system)
     print(f"{removed:,} vanished pictures removed")
-    _tell(options.gallery, faults)
+    return faults
 
 
 def _milvus(options: argparse.Namespace) -> None:
     uri = options.uri if "://" in options.uri else _absolute(options.uri)
     move_to_milvus(options.gallery, uri, options.collection)
-    _tell(options.gallery, {})
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "build": _build,
-    "add": _build,
-    "remove": _remove,
-    "refresh": _refresh,
-    "milvus": _milvus,
-}
-
-
-def _tell(folder: str, faults: dict[str, str]) -> None:
-    for fault in faults.values():
-        print(f"left out: {fault}", file=sys.stderr)
-    left_out = f", {len(faults):,} left out" if faults else ""
-    gallery = open_gallery(folder)
-    coded = (
-        f"; recall@10 of the approximate search {gallery.codes.recall:.1%}" if isinstance(gallery.codes, Codes) else ""
-    )
-    print(f"{folder}: {len(gallery):,} pictures{left_out}{coded}")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -483,7 +456,7 @@ def _pictures_at(source: str, opening: dict[str, Any], missing: bool) -> tuple[p
         table = pd.DataFrame({"path": paths})
     elif os.path.isfile(source):
         table = _read_table(Path(source))
-    elif opening and os.sep not in source:
+    elif opening and (opening["root"] or canonical_name(source).startswith((SIMPEDES, *REAL))):
         table = _of_dataset(open_dataset(source, opening["root"], scale=opening["scale"]), opening["split"])
     else:
         raise ConfigError(f"{source}: no such folder or table; give one that is there, or the name of a data set")

@@ -24,6 +24,7 @@ RECALL = 0.97  # of the ten best, by which the number of cells that the approxim
 _STEP = 20_000
 _PER_CELL = 40  # training vectors of k-means
 _SLACK = 1e-4  # rounding of float32 in turning and adding
+_pool = cache(ThreadPoolExecutor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +32,9 @@ class Codes:
     """The codes of the first `len(vector)` vectors of a gallery; use `open_codes`.
 
     Attributes:
-        index: the memory-mapped FAISS index that holds the codes.
-        rows: uint8 [N, D], its codes, ordered by cell.
-        vector: int32 [N], which vector each row is.
-        row: int32 [N], its inverse.
+        rows: uint8 [N, D], the codes plus 128, memory-mapped and ordered by cell.
+        vector: int64 [N], which vector each row is.
+        row: int64 [N], its inverse.
         mean: float32 [D], subtracted from every vector.
         rotation: float32 [D, D].
         centroids: float32 [C, D], of the cells, centred and turned.
@@ -46,7 +46,6 @@ class Codes:
         recall: its recall@10 against the exact search, measured when built.
     """
 
-    index: faiss.Index
     rows: np.ndarray
     vector: np.ndarray
     row: np.ndarray
@@ -78,43 +77,37 @@ class Codes:
         turned = np.einsum("d,de->e", query, self.rotation)  # threads of BLAS wait for each other on a busy machine
         unit = max(np.abs(turned).max() / 127, 1e-12)
         code = np.rint(turned / unit)
-        threads = faiss.omp_get_max_threads()
         if places is not None:
-            parts = np.array_split(np.sort(self.row[places]), threads)
-            blocks = [(self.rows[part], part) for part in parts]
+            chosen = np.sort(self.row[places])
+            shares = [[(self.rows.take(chosen, axis=0), self.vector[chosen])]]
         elif probes:
             cells = np.argpartition(-np.einsum("cd,d->c", self.centroids, turned), probes - 1)[:probes]
-            blocks = [(self.rows[start:end], start) for start, end in zip(self.bounds[cells], self.bounds[cells + 1])]
+            ranges = zip(self.bounds[cells], self.bounds[cells + 1])
+            shares = [[(self.rows[a:b], self.vector[a:b]) for a, b in ranges]]
         else:
-            bounds = np.linspace(0, len(self.rows), threads + 1).astype(int)
-            blocks = [(self.rows[start:end], start) for start, end in pairwise(bounds)]
-        shares = [blocks[first::threads] for first in range(threads)]
-        found = _pool(threads).map(lambda share: [self._best(code, take, *block) for block in share], shares)
-        scores, rows = map(np.concatenate, zip(*(best for share in found for best in share)))
-        if take >= sum(len(block) for block, _ in blocks):
-            return self.vector[rows], -np.inf
+            bounds = np.linspace(0, len(self.rows), faiss.omp_get_max_threads() + 1).astype(int)
+            shares = [[(self.rows[a:b], self.vector[a:b])] for a, b in pairwise(bounds)]
+        parts = _pool(len(shares)).map(lambda share: self._best(code, take, share), shares)
+        scores, found = map(np.concatenate, zip(*parts))
+        if np.count_nonzero(found >= 0) < take:
+            return found[found >= 0], -np.inf
         best = np.argpartition(-scores, take - 1)[:take]
         lost = self.error + np.linalg.norm(turned - unit * code) * (self.reach + self.error)
         lost = lost * min(1, 6 / len(query) ** 0.5) + _SLACK
-        return self.vector[rows[best]], float(scores[best].min() * unit * self.scale + query @ self.mean + lost)
+        return found[best], float(scores[best].min() * unit * self.scale + query @ self.mean + lost)
 
     def _best(
-        self, code: np.ndarray, take: int, rows: np.ndarray, numbers: np.ndarray | int
+        self, code: np.ndarray, take: int, blocks: list[tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and numbers of the best of some rows, which are numbered by an array or from a number on."""
-        if not len(rows):
-            return np.empty(0, np.float32), np.empty(0, int)
-        part = _empty(rows.shape[1])
-        address = faiss.cast_integer_to_void_ptr(rows.ctypes.data)
-        part.codes = faiss.MaybeOwnedVectorUInt8.create_view(address, rows.size, self.index.codes.owner)
-        part.ntotal = len(rows)
-        scores, found = part.search(code[None].astype(np.float32), min(take, len(rows)))
-        return scores[0], numbers[found[0]] if isinstance(numbers, np.ndarray) else numbers + found[0]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
+        """Scores and vectors [take] of the best of some rows [R, D] and their vectors [R]; -1 beyond the last."""
+        kind = faiss.ScalarQuantizer(len(code), faiss.ScalarQuantizer.QT_8bit_direct_signed)
+        scanner = kind.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, False, None)
+        scores, found = np.full(take, -np.inf, np.float32), np.full(take, -1)
+        scanner.set_query(faiss.swig_ptr(code))
+        for rows, vectors in blocks:
+            given = map(faiss.swig_ptr, (rows, vectors, scores, found))
+            scanner.scan_codes(len(rows), *given, take)
+        return scores, found
 
 
 def open_codes(folder: Path) -> Codes | None:
@@ -124,9 +117,8 @@ def open_codes(folder: Path) -> Codes | None:
     try:
         with np.load(folder / CODES, allow_pickle=False) as file:
             kept = {name: value if value.ndim else value.item() for name, value in file.items()}
-        index = faiss.read_index(str(_index_file(folder, len(kept["vector"]))), faiss.IO_FLAG_MMAP_IFC)
-        return _opened(index, **kept)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        return _opened(_rows_file(folder, len(kept["vector"])), **kept)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{folder / CODES} is damaged ({reason}); delete it and refresh the gallery") from error
 
@@ -149,10 +141,7 @@ def build_codes(folder: Path, vectors: np.ndarray, queries: np.ndarray, seed: in
     scale, error, reach = max(float(np.abs(sample).max()) / 127, 1e-12), 0.0, 0.0
     means = faiss.Kmeans(size, cells, niter=10, seed=seed, min_points_per_centroid=1)
     means.train(sample)
-    index = _empty(size)
-    index.codes.resize(count * size)
-    index.ntotal = count
-    rows, cell = _rows(index), np.empty(count, np.int64)
+    rows, cell = np.empty((count, size), np.uint8), np.empty(count, np.int64)
     for start in range(0, count, _STEP):
         step = slice(start, start + _STEP)
         turned = (vectors[step].astype(np.float32) - mean) @ rotation
@@ -161,20 +150,24 @@ def build_codes(folder: Path, vectors: np.ndarray, queries: np.ndarray, seed: in
         reach = max(reach, float(np.linalg.norm(turned, axis=1).max()))
         cell[step] = means.index.search(turned, 1)[1][:, 0]
         rows[step] = (code + 128).astype(np.uint8)
-    vector = np.argsort(cell, kind="stable").astype(np.int32)
-    rows[:] = rows[vector]
-    kept = {"vector": vector, "mean": mean, "rotation": rotation, "centroids": means.centroids, "scale": scale}
-    kept |= {"bounds": np.searchsorted(cell[vector], np.arange(cells + 1)), "error": error, "reach": reach}
-    kept |= _measured(_opened(index, **kept), vectors, queries)
+    vector = np.argsort(cell, kind="stable")
     for rest in folder.glob(".codes*"):  # of a killed call
         rest.unlink()
-    with whole_file(_index_file(folder, count)) as partial:
-        faiss.write_index(index, str(partial))
+    path = _rows_file(folder, count)
+    with whole_file(path) as partial:
+        ordered = np.lib.format.open_memmap(partial, "w+", np.uint8, rows.shape)
+        for start in range(0, count, _STEP):
+            ordered[start : start + _STEP] = rows[vector[start : start + _STEP]]
+        ordered.flush()
+    del rows
+    kept = {"vector": vector, "mean": mean, "rotation": rotation, "centroids": means.centroids, "scale": scale}
+    kept |= {"bounds": np.searchsorted(cell[vector], np.arange(cells + 1)), "error": error, "reach": reach}
+    kept |= _measured(_opened(path, **kept), vectors, queries)
     with whole_file(folder / CODES) as partial, open(partial, "wb") as file:
         np.savez(file, **kept)
-    for old in set(folder.glob(_index_file(folder, "*").name)) - {_index_file(folder, count)}:
+    for old in set(folder.glob(_rows_file(folder, "*").name)) - {path}:
         old.unlink()
-    return _opened(index, **kept)
+    return _opened(path, **kept)
 
 
 def _measured(codes: Codes, vectors: np.ndarray, queries: np.ndarray) -> dict[str, int | float]:
@@ -192,19 +185,11 @@ def _measured(codes: Codes, vectors: np.ndarray, queries: np.ndarray) -> dict[st
     return {"probes": probes, "recall": recall}
 
 
-def _opened(index: faiss.Index, **kept: Any) -> Codes:
+def _opened(path: Path, **kept: Any) -> Codes:
     row = np.empty_like(kept["vector"])
-    row[kept["vector"]] = np.arange(len(row), dtype=row.dtype)
-    return Codes(index, _rows(index), row=row, **kept)
+    row[kept["vector"]] = np.arange(len(row))
+    return Codes(np.asarray(np.load(path, mmap_mode="r")), row=row, **kept)
 
 
-def _rows(index: faiss.Index) -> np.ndarray:
-    return faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.d).reshape(-1, index.d)
-
-
-def _empty(size: int) -> faiss.Index:
-    return faiss.IndexScalarQuantizer(size, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
-
-
-def _index_file(folder: Path, count: int | str) -> Path:
-    return folder / f"codes-{count}.faiss"
+def _rows_file(folder: Path, count: int | str) -> Path:
+    return folder / f"codes-{count}.npy"

@@ -4,6 +4,7 @@ Galleries are made by `python -m fmfa.gallery`.
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -109,7 +110,7 @@ def _written(hits: pd.DataFrame, form: str) -> str:
     if form == "csv":
         return hits.to_csv(index=False).rstrip("\n")
     if form == "json":
-        return hits.to_json(orient="records", indent=1, force_ascii=False)
+        return json.dumps(json.loads(hits.to_json(orient="records")), indent=1, ensure_ascii=False)
     shown = hits.drop(columns=["size", "changed"]).rename(columns={"deviations": "deviations above mean"})
     inside = [path if (near := os.path.relpath(path)).startswith("..") else near for path in shown["path"]]
     shown = shown.assign(path=inside).drop(columns=[] if shown["query"].nunique() > 1 else "query")

@@ -7,7 +7,7 @@ import torch
 
 from fmfa.analysis.counterfactual import measure_counterfactual
 from fmfa.analysis.grounding import measure_grounding
-from fmfa.benchmark import PARTS, step, training
+from fmfa.benchmark import PARTS, gallery_costs, step, training
 from fmfa.devices import choose_device, repeatable
 from fmfa.errors import ConfigError
 from fmfa.records import read_metrics
@@ -112,3 +112,12 @@ def test_the_benchmark_takes_whole_steps_and_those_of_the_released_arithmetic(me
     assert sum(values[part] for part in PARTS) == pytest.approx(values["seconds"])
     assert values["ratio"] == values["seconds"] / values["plain_seconds"] > 0
     assert values["MFLOP"] > 100
+
+
+def test_the_benchmark_of_a_gallery_tells_elapsed_and_core_time(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr("fmfa.benchmark.open_dataset", lambda _: tiny)
+    table = gallery_costs(300, 96, tmp_path).set_index("figure")
+    assert {f"exact, {what}" for what in ("elapsed, median", "core time, mean")} < set(table.index)
+    assert table.loc["approximate, recall@10", "value"] == 1  # so small a gallery is searched exactly
+    assert (table["value"] >= 0).all()
+    assert table["pictures"].eq(300).all()

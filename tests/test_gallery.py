@@ -127,7 +127,7 @@ def test_a_search_by_codes_finds_what_brute_force_finds(tmp_path, system, monkey
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(near, exact, strict=True)]) >= 0.9
     given_gallery(tmp_path, system, clustered(rng, 1200, size), name="last")
     assert len(open_gallery(tmp_path / "g").codes.vector) == 4700
-    assert [path.name for path in (tmp_path / "g").glob("*.faiss")] == ["codes-4700.faiss"]
+    assert [path.name for path in (tmp_path / "g").glob("codes-*")] == ["codes-4700.npy"]
 
 
 def test_milvus_without_its_package_is_one_sentence(tmp_path, crops, system, monkeypatch, capsys):
@@ -341,10 +341,10 @@ _KILLED_CODING = """
 import os, signal, sys
 from fmfa import gallery, nearest
 from fmfa.systems import load_system
-def write(index, path):
+def write(path, *_):
     open(path, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
-nearest.faiss.write_index, gallery.CODED_ABOVE = write, 10
+nearest.np.lib.format.open_memmap, gallery.CODED_ABOVE = write, 10
 gallery.build_gallery(sys.argv[1], sys.argv[2], load_system(), {"source": "", "model": {}}, progress=False)
 """
 
@@ -395,13 +395,13 @@ def test_half_a_vector_at_the_end_is_overwritten(tmp_path, crops, system):
     assert len(assert_consistent(tmp_path / "g", system)) == 31
 
 
-@pytest.mark.parametrize("name", ["gallery.json", "gallery.sqlite", "vectors", "codes.npz", "codes-30.faiss"])
+@pytest.mark.parametrize("name", ["gallery.json", "gallery.sqlite", "vectors", "codes.npz", "codes-30.npy"])
 def test_a_damaged_gallery_is_one_sentence(tmp_path, crops, system, name, capsys, monkeypatch):
     monkeypatch.setattr(galleries, "CODED_ABOVE", 20)
     build(tmp_path / "g", crops, system)
     (tmp_path / "g" / name).write_bytes((tmp_path / "g" / name).read_bytes()[:100])
     assert search_main([str(tmp_path / "g"), "a man", "--device", "cpu"]) == 2
-    assert name.removesuffix("-30.faiss") in capsys.readouterr().err
+    assert name.removesuffix("-30.npy") in capsys.readouterr().err
 
 
 def test_the_commands(tmp_path, crops, system, capsys):

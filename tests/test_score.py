@@ -217,18 +217,30 @@ def test_the_page_can_be_followed_by_a_new_user(tmp_path, monkeypatch, capsys, t
 
 
 @pytest.mark.parametrize(
-    ("prefixes", "layout"), [(("base_model.", "base_model."), "IRRA"), (("", "encode_text."), "TBPS-CLIP")]
+    ("prefixes", "layout", "heads"),
+    [
+        (
+            ("base_model.", "base_model."),
+            "IRRA",
+            ["cross_attn.in_proj_bias", "classifier.weight", "mlm_head.fc.bias"],
+        ),
+        (("", "encode_text."), "TBPS-CLIP", ["simclr_mlp.0.weight", "classifier.weight", "mlm_head.fc.bias"]),
+    ],
 )
-def test_weight_files_of_other_codebases_are_scored(tmp_path, monkeypatch, capsys, tiny, prefixes, layout):
+def test_weight_files_of_other_codebases_are_scored(tmp_path, monkeypatch, capsys, tiny, prefixes, layout, heads):
+    """Files with the names and the heads of the released ones, in which only the encoders are of use to a search."""
     monkeypatch.chdir(tmp_path)
     shipped = load_system()
     state = {name.removeprefix("clip."): value for name, value in shipped.model.state_dict().items()}
     state = {prefixes[not name.startswith(("visual.", "logit"))] + name: value for name, value in state.items()}
+    state |= {name: torch.ones(7) for name in heads}
     torch.save({"model": state, "epoch": 60}, "best.pth")
     Path("backbone.json").write_text(json.dumps(shipped.model.config["backbone"]))
     about = "--backbone backbone.json --image-height 96 --image-width 32 --stride 8 --device cpu"
     assert score("best.pth", *about.split(), root=tiny.images.parent) == 0
-    assert f"best.pth ({layout} layout)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"best.pth ({layout} layout)" in out
+    assert "3 left out" in out
     first_ranks = shipped.evaluate(tiny, "test", progress=False).metrics[TEXT_TO_IMAGE].first_rank
     same = sorted(read_record("best.record").queries.first_rank) == sorted(first_ranks)
     assert same == (layout == "IRRA")  # TBPS-CLIP reads pictures in another way
