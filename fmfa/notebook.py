@@ -12,12 +12,11 @@ import shlex
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import nbformat
 import papermill
@@ -37,7 +36,6 @@ QUIET_KERNEL = "--IPKernelApp.log_level=ERROR"  # no warning about the connectio
 # A kernel ends with a killed runner by itself, but not while it starts.
 BOUND_KERNEL = "--IPKernelApp.exec_lines=__import__('fmfa.processes').processes.end_with({})"
 START_TIMEOUT = 120  # seconds; importing torch on a busy machine is slow
-Config = TypeVar("Config")
 
 
 def status_path(output: str | Path) -> Path:
@@ -426,33 +424,17 @@ def _checked(declared: type[Parameters], values: Mapping[str, Any]) -> Parameter
         raise ConfigError(f"{told(error)} ({about})") from None
 
 
-def check_parameters(
-    config_type: type[Config], namespace: Mapping[str, Any], *, beside: tuple[str, ...] = ()
-) -> Config:
-    """Build a `checked` dataclass from a notebook's parameters, right after the parameters cell.
+def check_parameters(namespace: Mapping[str, Any]) -> Parameters:
+    """The parameters of a notebook, checked right after the parameters cell.
 
-    `config = check_parameters(TrainConfig, globals())` takes the present values of what the cell last declared (found
-    in IPython's `In`, so a name misspelt in the cell is an error and not a silently unused value).
-    Fields that the cell leaves out keep the dataclass' defaults. Relative paths start in the notebook's folder.
-
-    Args:
-        config_type: the dataclass, or `Parameters`.
-        namespace: the notebook's `globals()`.
-        beside: parameters of the cell that are not fields of the dataclass.
+    `chosen = check_parameters(globals())` takes the present values of what the cell last declared (found in IPython's
+    `In`). Relative paths start in the notebook's folder.
 
     Raises:
-        ConfigError: no parameters cell was run, it declares a name that the dataclass has not, or a value is refused.
+        ConfigError: no parameters cell was run, or a value is refused.
     """
     declared = _last_declared(namespace)
-    checked: Any = _checked(declared, {name: namespace[name] for name in declared.model_fields})
-    if config_type is Parameters:
-        return checked
-    values = {name: value for name, value in checked if name not in beside}
-    names = [field.name for field in fields(config_type)]  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in names]:
-        hint = nearest(unknown[0], names)
-        raise ConfigError(f"the parameters cell has {unknown[0]!r}, {config_type.__name__} has no such field; {hint}")
-    return config_type(**values)
+    return _checked(declared, {name: namespace[name] for name in declared.model_fields})
 
 
 def _last_declared(namespace: Mapping[str, Any]) -> type[Parameters]:

@@ -222,14 +222,15 @@ def grounding_table(phrases: pd.DataFrame, scores: dict[str, pd.DataFrame], *, s
 def percent_table(table: pd.DataFrame) -> pd.DataFrame:
     """The totals of `measure_grounding` in percent, one row per map, then what chance and the prior reach."""
     total = table[(table["part"] == ALL) & (table["visibility"] == ALL)]
-    rows = [
-        {"map": r.map, "hit": f"{100 * r.hit:.1f} [{100 * r.hit_low:.1f}, {100 * r.hit_high:.1f}]",
-         "mass": f"{100 * r.mass:.1f}", "ap": f"{100 * r.ap:.1f}", "phrases": r.phrases}
-        for r in total.itertuples()
-    ]  # fmt: skip
+    rows = []
+    for r in total.itertuples():
+        hit, low, high, *others = _percent(r.hit, r.hit_low, r.hit_high, r.mass, r.ap)
+        rows.append([r.map, f"{hit} [{low}, {high}]", *others, r.phrases])
     r = next(total.itertuples())
-    chance = {"hit": r.chance_hit, "mass": r.chance_hit, "ap": r.chance_ap}  # a flat map's mass is the part's size
-    prior = {"hit": r.prior_hit, "mass": r.prior_mass, "ap": r.prior_ap}
-    for name, values in (("chance", chance), ("prior place", prior)):
-        rows.append({"map": name, **{key: f"{100 * value:.1f}" for key, value in values.items()}, "phrases": r.phrases})
-    return pd.DataFrame(rows)
+    rows.append(["chance", *_percent(r.chance_hit, r.chance_hit, r.chance_ap), r.phrases])  # mass: a flat map's
+    rows.append(["prior place", *_percent(r.prior_hit, r.prior_mass, r.prior_ap), r.phrases])
+    return pd.DataFrame(rows, columns=["map", "hit (%)", "mass (%)", "AP (%)", "phrases"])
+
+
+def _percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]

@@ -95,12 +95,10 @@ class Canvas:
         radius_start: float,
         radius_end: float,
         material: int,
-        depth: float | None = None,
+        depth: float,
     ) -> None:
         """Add a tapered, shaded capsule between two body points."""
         (ax, ay), (bx, by) = self.project(*start), self.project(*end)
-        if depth is None:
-            depth = self.facing((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
         dx, dy = bx - ax, by - ay
         length = sqrt(dx * dx + dy * dy) or 1.0
         dx, dy = dx / length, dy / length

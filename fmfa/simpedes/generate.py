@@ -18,15 +18,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from fmfa.errors import ConfigError
+from fmfa.errors import ConfigError, checked, setting
 from fmfa.files import said_plainly, whole_file, write_json
 from fmfa.processes import end_with
 from fmfa.progress import progress_bar
@@ -49,32 +49,25 @@ SCALES = {
 _SHARD = 240  # identities; a multiple of every family size from 1 to 6, so that families stay whole
 
 
-@dataclass(frozen=True)
+@checked
 class Recipe:
-    """Everything that determines a SimPEDES data set, byte for byte."""
+    """Everything that determines a SimPEDES data set, byte for byte.
 
-    domain: str = "street"  # street or station
-    seed: int = 0
-    train: int = 700  # identities
-    val: int = 100
-    test: int = 200
-    images: int = 4  # pictures per identity, each by another camera if there are enough
-    captions: int = 2  # annotators a picture
-    family: int = 2  # identities that differ in one or two attributes
-    height: int = BASE_SIZE[0]  # pixels
-    width: int = BASE_SIZE[1]
-    version: int = VERSION
+    Raises:
+        ConfigError: a value outside its range.
+    """
 
-    def __post_init__(self) -> None:
-        """Check the ranges; raises ConfigError."""
-        if self.domain not in DOMAINS:
-            raise ConfigError(f"SimPEDES has no domain {self.domain!r}; expected one of {', '.join(DOMAINS)}.")
-        if not 1 <= self.family <= 6:
-            raise ConfigError(f"family is {self.family}; expected 1 to 6 identities a family.")
-        if min(self.images, self.captions, self.height, self.width) < 1 or min(self.train, self.val, self.test) < 0:
-            raise ConfigError(f"Counts and sizes must be positive: {asdict(self)}.")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more.")
+    domain: Literal["street", "station"] = setting("street", "where people are photographed")
+    seed: int = setting(0, "of everything that is drawn", ge=0)
+    train: int = setting(700, "identities", ge=0)
+    val: int = setting(100, "identities", ge=0)
+    test: int = setting(200, "identities", ge=0)
+    images: int = setting(4, "pictures per identity, each by another camera if there are enough", ge=1)
+    captions: int = setting(2, "annotators per picture", ge=1)
+    family: int = setting(2, "identities that differ in one or two attributes", ge=1, le=6)
+    height: int = setting(BASE_SIZE[0], "pixels", ge=1)
+    width: int = setting(BASE_SIZE[1], "pixels", ge=1)
+    version: int = setting(VERSION, "of the renderer")
 
 
 def recipe(scale: str = "small", domain: str = "street", seed: int = 0, **changes: Any) -> Recipe:

@@ -63,7 +63,7 @@ def test_percent_table_has_chance_and_prior_below_the_maps(grounding):
     assert table.loc["chance"].tolist()[:3] == [
         f"{100 * v:.1f}" for v in total[["chance_hit", "chance_hit", "chance_ap"]]
     ]
-    assert table.loc["token-patch", "hit"].startswith(f"{100 * total['hit']:.1f} [")
+    assert table.loc["token-patch", "hit (%)"].startswith(f"{100 * total['hit']:.1f} [")
 
 
 def test_maps_stand_over_their_patches():
