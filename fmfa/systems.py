@@ -446,7 +446,7 @@ def _ivt(config: TrainConfig, shipped: bool) -> IvtRetriever:
         raise ConfigError(f"no IVT of backbone {backbone or 'as released'!r}: {error}") from error
 
 
-def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path = "") -> WordPieceTokenizer:
+def ivt_tokenizer(model: IvtRetriever, vocabulary: str | Path) -> WordPieceTokenizer:
     """The WordPiece tokenizer of a model.
 
     Args:

@@ -134,7 +134,7 @@ def read_sites(dataset: Dataset, split: str) -> Iterator[Site]:
             yield from (Site(phrase, name) for name in phrase["told"] if name not in phrase["mistakes"])
 
 
-def draw_counterfactuals(dataset: Dataset, split: str, pairs: int = 300, seed: int = 0) -> list[Counterfactual]:
+def draw_counterfactuals(dataset: Dataset, split: str, pairs: int, seed: int = 0) -> list[Counterfactual]:
     """Draw up to `pairs` changed pictures and up to `pairs` changed captions of a split.
 
     Attributes take turns, so that each has as many pairs as the split allows; an attribute is asked of a picture once.

@@ -76,9 +76,7 @@ def _unit(features: Tensor) -> np.ndarray:
     return F.normalize(features.double(), dim=1).numpy()
 
 
-def measure_counterfactual(
-    system: System, dataset: Dataset, split: str, pairs: int = 300, seed: int = 0
-) -> pd.DataFrame:
+def measure_counterfactual(system: System, dataset: Dataset, split: str, pairs: int, seed: int = 0) -> pd.DataFrame:
     """Measure whether a system's similarity follows the attributes that pictures show and captions tell.
 
     Args:
@@ -108,7 +106,7 @@ def measure_counterfactual(
     return tabulate(changes, scores, seed)
 
 
-def tabulate(changes: Sequence[Counterfactual], scores: Scores, seed: int = 0) -> pd.DataFrame:
+def tabulate(changes: Sequence[Counterfactual], scores: Scores, seed: int) -> pd.DataFrame:
     """Return the table of `measure_counterfactual` from scored pairs; `seed` is of the bootstrap."""
     generator = np.random.default_rng(seed)
     shift = scores.before - scores.after

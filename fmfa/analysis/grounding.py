@@ -19,7 +19,7 @@ COLUMNS = ("map", "part", "visibility", "phrases", "hit", "hit_low", "hit_high",
            "chance_ap", "prior_hit", "prior_mass", "prior_ap")  # fmt: skip
 
 
-def measure_grounding(system: System, dataset: Dataset, split: str, phrases: int = 400, seed: int = 0) -> pd.DataFrame:
+def measure_grounding(system: System, dataset: Dataset, split: str, phrases: int, seed: int = 0) -> pd.DataFrame:
     """Measure how well a system's maps of phrases point at the parts that the phrases speak of.
 
     Everything is counted in patches of the system's own grid (see `fmfa.analysis.maps.true_patches`): a pair of

@@ -26,7 +26,7 @@ VALIDATION_IDENTITIES = 200
 _DERIVED = ("label", "record", "held_out")
 REAL = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
 SIMPEDES = "SimPEDES"
-SPLITS = {
+_SPELLINGS = {
     **{"train": "train", "training": "train"},
     **{"val": "val", "valid": "val", "validation": "val"},
     **{"test": "test", "testing": "test"},
@@ -116,7 +116,7 @@ def read_dataset(
             raise AnnotationError(f"{file}: no caption is left after dropping the empty ones; expected captions")
     codes, _ = pd.factorize(table["image"])
     if (np.diff(codes) < 0).any():
-        notes.append("Records of one image stood apart in the file; their captions were brought together.")
+        notes.append("The records of one image were not adjacent in the file; its captions were brought together.")
     table = table.iloc[np.argsort(codes, kind="stable")].reset_index(drop=True)
     table = _hold_out(table, seed, notes)
     train = table["split"] == "train"
@@ -142,7 +142,7 @@ def _no_truth_value(value: Any) -> Any:
 
 
 def _split_name(value: Any) -> Any:
-    return SPLITS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return _SPELLINGS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 class _Record(BaseModel, extra="allow", loc_by_alias=False):
@@ -221,7 +221,7 @@ def canonical_name(text: str) -> str:
     return text.strip()
 
 
-def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, str]:
+def find_annotation(root: str | Path, name: str | None) -> tuple[Path, str]:
     """The annotation file that `root` means, and the data set's canonical name.
 
     The file is `root` itself, or lies in that folder: the one with a known file name, in any case, else the only CSV or
@@ -231,7 +231,7 @@ def find_annotation(root: str | Path, name: str | None = None) -> tuple[Path, st
 
     Args:
         root: file or folder; `~` is the user's home.
-        name: the data set's, in any spelling; picks the file where a folder holds several.
+        name: the data set's, in any spelling, if known; picks the file where a folder holds several.
 
     Raises:
         AnnotationError: there is no such path, no annotation file, more than one that fits, or one of another data
@@ -337,7 +337,7 @@ def _flatten(content: Any, file: Path, notes: list[str]) -> list[dict[str, Any]]
     parts = content if isinstance(content, dict) else {"": content}
     records: list[dict[str, Any]] = []
     for key, part in parts.items():
-        split = SPLITS.get(key.lower())
+        split = _SPELLINGS.get(key.lower())
         if not isinstance(part, list) or not all(isinstance(record, dict) for record in part):
             raise AnnotationError(
                 f"{file}: expected a list of records, or an object with the keys train, val and test that holds one "
@@ -351,10 +351,10 @@ def _flatten(content: Any, file: Path, notes: list[str]) -> list[dict[str, Any]]
         if split is None and key:
             raise AnnotationError(f"{file}: unknown split name {key!r}; expected train, val or test")
         for record in part if split else ():
-            if SPLITS.get(str(record.get("split", key)).lower()) != split:
+            if _SPELLINGS.get(str(record.get("split", key)).lower()) != split:
                 raise AnnotationError(f"{file}: a record under {key!r} says split {record['split']!r:.100}")
         records += [{**record, "split": split} for record in part] if split else part
-    if notes and not any(SPLITS.get(key.lower()) == "test" for key in parts):
+    if notes and not any(_SPELLINGS.get(key.lower()) == "test" for key in parts):
         raise AnnotationError(f"{file}: has {' and '.join(parts)} but no test; name the list of captions 'test'")
     return records
 

@@ -253,8 +253,8 @@ def _state(path: Path) -> tuple[int, int]:
 def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0) -> DataLoader:
     """A loader of the dataset's batches that draws nothing from torch's default generator.
 
-    The batches are the same for any number of worker processes, which live on between epochs. Call
-    `start_epoch` before each pass.
+    The batches are the same for any number of worker processes, which live on between epochs. Set the epoch of
+    `dataset` and `batches` before each pass.
     """
     return DataLoader(
         dataset,
@@ -264,14 +264,6 @@ def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
-
-
-def start_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Make the next pass over a loader of `make_loader` that of `epoch`, from `first_batch` on."""
-    dataset: Any = loader.dataset
-    batches: Any = loader.batch_sampler
-    dataset.set_epoch(epoch)
-    batches.set_epoch(epoch, first_batch)
 
 
 def shuffle_pairs(table: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -166,7 +166,7 @@ def _outline(axis: Axes, mask: np.ndarray) -> None:
     axis.grid(False)
 
 
-def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int = 0) -> Figure:
+def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int) -> Figure:
     """Show four people beside themselves with one attribute changed, under the caption that no longer fits.
 
     One line per person: a caption whose phrases are set bold in the colour of the picture in which they are no longer

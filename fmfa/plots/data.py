@@ -110,7 +110,7 @@ def contact_sheet(dataset: Dataset, split: str, seed: int = 0) -> Figure:
     return figure
 
 
-def plot_part_maps(dataset: Dataset, split: str, seed: int = 0) -> Figure:
+def plot_part_maps(dataset: Dataset, split: str, seed: int) -> Figure:
     """Show ten SimPEDES pictures above their true part maps."""
     maps = dataset.require_truth().parts(split)
     paths = np.random.default_rng(seed).choice(list(maps), size=min(10, len(maps)), replace=False)

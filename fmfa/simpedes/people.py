@@ -262,7 +262,7 @@ def appearance(person: Person) -> tuple[str, ...]:
     return tuple(value for name, value in person.to_dict().items() if name not in SIDES)
 
 
-def draw_family(rng: np.random.Generator, size: int, season: str = "warm") -> list[Person]:
+def draw_family(rng: np.random.Generator, size: int, season: str) -> list[Person]:
     """Draw `size` people who differ from the first in one or two attributes, and from each other.
 
     No two of them differ by the side of a bag or of a held thing alone.

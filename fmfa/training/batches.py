@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import ImageTransform, fmfa_evaluation, fmfa_training, ivt_evaluation, ivt_training
-from fmfa.data.pairs import PairDataset, make_loader, shuffle_pairs, start_epoch
+from fmfa.data.pairs import PairDataset, make_loader, shuffle_pairs
 from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
 from fmfa.text.bytepair import Tokenizer
@@ -64,12 +64,13 @@ class TableBatches:
 
     def count(self, epoch: int) -> int:
         """Batches of an epoch."""
-        start_epoch(self.loader, epoch)
+        self.batches.set_epoch(epoch)
         return len(self.batches)
 
     def read(self, epoch: int, start: int) -> Iterable[dict[str, Tensor]]:
         """This rank's part of the epoch's batches from number `start` on."""
-        start_epoch(self.loader, epoch, start)
+        self.pairs.set_epoch(epoch)
+        self.batches.set_epoch(epoch, start)
         return self.loader
 
     def describe(self, rows: Tensor) -> list[str]:

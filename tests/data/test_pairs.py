@@ -9,7 +9,7 @@ from PIL import Image
 
 from fmfa.data import pairs as pairs_module
 from fmfa.data.images import CLIP_MEAN, CLIP_STD, fmfa_evaluation, fmfa_training, ivt_evaluation, ivt_training
-from fmfa.data.pairs import PairDataset, make_loader, mask_tokens, start_epoch
+from fmfa.data.pairs import PairDataset, make_loader, mask_tokens
 from fmfa.data.sampling import IdentityBatches, RandomBatches
 from fmfa.errors import ConfigError, ImageError
 from fmfa.text.bytepair import clip_tokenizer
@@ -318,7 +318,8 @@ def test_worker_processes_and_resuming_change_nothing(dataset):
         loader = make_loader(pairs, RandomBatches(24, 4, seed=1), workers=workers)
         found = []
         for epoch, first in schedule:
-            start_epoch(loader, epoch, first)
+            loader.dataset.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch, first)
             found.append(list(loader))
         return found
 
