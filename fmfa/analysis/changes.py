@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fmfa.data.annotations import Dataset
-from fmfa.errors import AnnotationError, ConfigError
+from fmfa.errors import AnnotationError
 from fmfa.simpedes.camera import CAMERAS, SEASONS, render
 from fmfa.simpedes.people import ATTRIBUTES, SIDES, Person, change, options
 from fmfa.simpedes.words import COLOUR_WORDS, HAIR_WORDS, RARE, TYPE_WORDS, VAGUE, article
@@ -141,11 +141,8 @@ def draw_counterfactuals(dataset: Dataset, split: str, pairs: int, seed: int = 0
     A pure function of its arguments.
 
     Raises:
-        ConfigError: `pairs` is below 1.
         AnnotationError: `dataset` is no SimPEDES, or its pictures are not those of this renderer.
     """
-    if pairs < 1:
-        raise ConfigError(f"pairs is {pairs}; expected 1 or more counterfactuals of each kind")
     places: dict[str, list[Site]] = {name: [] for name in ATTRIBUTES}
     for site in read_sites(dataset, split):
         places[site.attribute].append(site)

@@ -98,7 +98,6 @@ def measure_counterfactual(system: System, dataset: Dataset, split: str, pairs: 
             finds all pictures and captions equally similar.
 
     Raises:
-        ConfigError: see `draw_counterfactuals`.
         AnnotationError: see `draw_counterfactuals`.
     """
     changes = draw_counterfactuals(dataset, split, pairs, seed)

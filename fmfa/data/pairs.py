@@ -79,14 +79,9 @@ class PairDataset(Dataset):
                 stopped it, and belongs to these pictures' paths, sizes and times of change and to this resize.
 
         Raises:
-            ConfigError: unknown `flip`, a mask probability outside [0, 1], `parts` with `levels`, or a `cache` that
-                cannot be written.
+            ConfigError: `parts` with `levels`, or a `cache` that cannot be written.
             ImageError: an unreadable picture: here, or on access where the pictures are not kept in memory.
         """
-        if flip not in ("mirror", "swap", "off"):
-            raise ConfigError(f"flip {flip!r}: use 'mirror', 'swap' or 'off'")
-        if not 0 <= mask_probability <= 1:
-            raise ConfigError(f"mask_probability {mask_probability}: expected a share from 0 to 1")
         if levels and parts:
             raise ConfigError(
                 "part maps belong to whole captions, and text levels cut them: train this oracle without text levels"

@@ -19,9 +19,7 @@ class EpochBatches(ABC):
     """
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
-        """Process `rank` of `world_size`. Raises ConfigError if there is no such process."""
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"process {rank} of {world_size}: ranks go from 0 to {world_size - 1}")
+        """Process `rank` of `world_size`."""
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.set_epoch(0)
 
@@ -124,16 +122,13 @@ class IdentityBatches(EpochBatches):
             rank, world_size: this process and their number.
 
         Raises:
-            ConfigError: P cannot be cut into equal shares, P or K is below 1, or there are fewer than P
-                identities.
+            ConfigError: P cannot be cut into equal shares or is below 1, or there are fewer than P identities.
         """
         self.identities_per_batch, self.instances = identities_per_batch, instances
         if identities_per_batch < 1 or identities_per_batch % world_size:
             raise ConfigError(
                 f"{identities_per_batch} identities a batch cannot be shared by {world_size} processes; give a multiple"
             )
-        if instances < 1:
-            raise ConfigError(f"{instances} rows an identity; expected at least 1")
         order = np.argsort(identities, kind="stable")
         _, starts = np.unique(np.asarray(identities)[order], return_index=True)
         self._rows_by_identity = np.split(order, starts[1:])

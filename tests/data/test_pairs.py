@@ -492,10 +492,3 @@ def test_pictures_in_a_file_are_those_in_memory_and_a_killed_copy_goes_on(table,
     assert len(list(cache.glob("pictures-*"))) == 2
     with pytest.raises(ConfigError, match="cannot hold the resized pictures"):
         make(cache=tmp_path / "3.png" / "cache")
-
-
-def test_wrong_options_are_refused(dataset):
-    with pytest.raises(ConfigError, match="'mirror', 'swap' or 'off'"):
-        dataset(flip="yes")
-    with pytest.raises(ConfigError, match="from 0 to 1"):
-        dataset(mask_probability=1.5)

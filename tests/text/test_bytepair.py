@@ -258,10 +258,7 @@ def test_phrase_tokens(tokenizer):
     assert whole == list(range(1, len(rows(tokenizer, caption)) - 1))
 
 
-def test_phrase_tokens_of_a_truncated_phrase_and_of_no_phrase(tokenizer):
+def test_phrase_tokens_of_a_truncated_phrase(tokenizer):
     caption = "red " * 200 + "hat"
     assert phrase_tokens(tokenizer, caption, (800, 803)) == []
     assert phrase_tokens(tokenizer, caption, (0, 3))[0] == 1
-    for span in [(3, 3), (5, 2), (-1, 2), (0, 804)]:
-        with pytest.raises(ConfigError, match="803 characters"):
-            phrase_tokens(tokenizer, caption, span)

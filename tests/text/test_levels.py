@@ -154,8 +154,6 @@ def test_the_reader_takes_phrases_from_the_table_and_counts_fallbacks():
 
 def test_wrong_arguments_are_refused():
     generator = np.random.default_rng(0)
-    with pytest.raises(ConfigError, match=r"\(3, 9\) is empty or outside"):
-        text_levels("a bag", generator, form="true_spans", spans=[(3, 9)])
     with pytest.raises(ConfigError, match="need the character spans"):
         text_levels("a bag", generator, form="true_spans")
     with pytest.raises(ConfigError, match="'attributes', 'clauses' or 'true_spans'"):
