@@ -35,7 +35,7 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
         split: of the comparison.
         seed: of the bootstrap and the permutations.
         kind: "claims" of the papers, "parts" of those that average several comparisons, "controls" that must come
-            out, "oracles" that use the true part maps, or "forms", where paper and released code differ.
+            out, "oracles" that use the true part maps, "recipes" of training, or "forms", where paper and code differ.
 
     Returns:
         One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,

@@ -126,7 +126,7 @@ def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
     assert told_table("## Levels") == told
-    kinds = ("claims", "parts", "controls", "oracles", "forms")
+    kinds = ("claims", "parts", "controls", "oracles", "recipes", "forms")
     claims = pd.concat([claims_table(committed(), kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
     told = told_table("## Claims")
@@ -258,7 +258,7 @@ def test_rows_that_hardly_differ_are_equal_within_a_point(tmp_path):
     assert line["p (equal)"] <= 0.05 < line["p (Holm)"]
 
 
-@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "forms"])
+@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "recipes", "forms"])
 def test_corrected_intervals_leave_zero_out_just_where_there_is_a_verdict(kind):
     table = claims_table(committed(), kind=kind)
     several = table[table["seeds"] > 1]
@@ -368,11 +368,11 @@ def test_controls_and_oracles_get_theirs(results):
     table = claims_table(read_results(results), kind="controls").set_index("row")
     assert table.loc["shuffled-pairs", "verdict"] == "not as it must be"
     assert (claims_table(read_results(results), kind="oracles")["verdict"] == "not run").all()
-    with pytest.raises(ConfigError, match="claims, parts, controls, oracles"):
+    with pytest.raises(ConfigError, match="claims, parts, controls, oracles, recipes"):
         claims_table(read_results(results), kind="wishes")
 
 
-@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles"])
+@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "recipes"])
 def test_the_definitions_of_claims_are_complete(kind):
     claims = read_claims(kind)
     assert len({(claim["row"], claim["minus"]) for claim in claims}) == len(claims)
