@@ -289,7 +289,7 @@ def read_results(folder: str | Path) -> Results:
     """Read a folder with one folder per run, or one that `export_results` wrote; without either all tables are empty.
 
     Raises:
-        ConfigError: a file of an exported folder is missing or damaged.
+        ConfigError: a file of an exported folder is damaged.
     """
     folder, runs = Path(folder), read_runs(folder)
     if _file(folder, "runs").is_file():
@@ -371,6 +371,8 @@ def _file(folder: Path, name: str) -> Path:
 
 def _read_table(folder: Path, name: str) -> pd.DataFrame:
     path = _file(folder, name)
+    if not path.exists():
+        return _joined(name, [])
     try:
         text = ("run", "row", "curve", "trained_on", "left_out")
         table = pd.read_csv(path, dtype={"seed": "int64"} | dict.fromkeys(text, str)).fillna(dict.fromkeys(text, ""))
@@ -379,7 +381,7 @@ def _read_table(folder: Path, name: str) -> pd.DataFrame:
             raise ValueError("config and point must be JSON objects")
         table = table[[*_COLUMNS[name], *table.columns.drop(_COLUMNS[name])]]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-        raise ConfigError(f"{path} is damaged or missing ({error}); export the runs again, or restore it") from error
+        raise ConfigError(f"{path} is damaged ({error}); export the runs again, or restore it") from error
     return table.assign(image="") if name == "identities" else table
 
 
@@ -420,7 +422,7 @@ def references(results: Results, split: str) -> dict[str, dict[str, Level]]:
 def export_results(results: str | Path, target: str | Path) -> list[str]:
     """Write what `read_results` reads of a folder of runs to one file per table: `runs.csv`, the others `NAME.csv.gz`.
 
-    What `target` holds of other runs stays, so that results may come from several places. Queries become sums by
+    A table without lines has no file. What `target` holds of other runs stays, so that results may come from several places. Queries become sums by
     identity (see `each_query`), of each starting weights only the first queries are kept, rows before points, and a
     data folder in the project loses the path of the project.
     `python -m fmfa.study.results runs/standard data/results/standard` makes the committed tables.
@@ -452,6 +454,9 @@ def export_results(results: str | Path, target: str | Path) -> list[str]:
     with said_plainly(f"{target} cannot be written"):
         target.mkdir(parents=True, exist_ok=True)
         for name, table in reversed(tables.items()):  # runs.csv last
+            if table.empty:
+                _file(target, name).unlink(missing_ok=True)
+                continue
             table = table.assign(**{column: table[column].map(json.dumps) for column in _JSON if column in table})
             content = table.to_csv(index=False, float_format=_FORMATS.get(name)).encode()
             with whole_file(_file(target, name)) as temporary:
