@@ -422,9 +422,9 @@ def references(results: Results, split: str) -> dict[str, dict[str, Level]]:
 def export_results(results: str | Path, target: str | Path) -> list[str]:
     """Write what `read_results` reads of a folder of runs to one file per table: `runs.csv`, the others `NAME.csv.gz`.
 
-    A table without lines has no file. What `target` holds of other runs stays, so that results may come from several places. Queries become sums by
-    identity (see `each_query`), of each starting weights only the first queries are kept, rows before points, and a
-    data folder in the project loses the path of the project.
+    A table without lines has no file. What `target` holds of other runs stays, so that results may come from
+    several places. Queries become sums by identity (see `each_query`), of each starting weights only the first
+    queries are kept, rows before points, and a data folder in the project loses the path of the project.
     `python -m fmfa.study.results runs/standard data/results/standard` makes the committed tables.
 
     Returns:
