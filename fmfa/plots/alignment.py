@@ -19,7 +19,7 @@ from fmfa.analysis.maps import GRADIENT, MAPS, PatchGrid, gradient_relevance, pa
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import load_image, resolve_image
 from fmfa.evaluation.evaluate import evaluating
-from fmfa.plots.retrieval import framed
+from fmfa.plots.retrieval import framed, picture_places
 from fmfa.systems import System
 
 OUTLINE = "#00e5ff"  # of the true part; stands out from grey and from every tone of the maps
@@ -186,11 +186,8 @@ def counterfactual_strip(system: System, dataset: Dataset, split: str, seed: int
     counterfactuals = [made for strip in strips for made in strip]
     scores = score_counterfactuals(system, dataset, counterfactuals)
     before, after = (dict(zip(map(id, counterfactuals), values.tolist())) for values in (scores.before, scores.after))
-    figure, lines = plt.subplots(len(strips), CHANGES + 2, figsize=(9.5, 2.9 * len(strips)), squeeze=False,
-                                 width_ratios=[3.9] + [1] * (CHANGES + 1), layout="constrained")  # fmt: skip
+    figure, lines = picture_places(len(strips), [3.9] + [1] * (CHANGES + 1), (9.5, 2.9 * len(strips)))
     for (text, original, *places), strip in zip(lines, strips, strict=True):
-        for axis in (text, original, *places):
-            axis.set_axis_off()
         _write_caption(text, strip)
         title = f"original\nsimilarity\n{before[id(strip[0])]:.3f}"
         framed(original, dataset.images / strip[0].site.phrase["image"], title)

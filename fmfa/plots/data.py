@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import load_image, resolve_image
+from fmfa.plots.retrieval import picture_places
 from fmfa.simpedes.canvas import PARTS
 from fmfa.simpedes.people import ATTRIBUTES
 from fmfa.simpedes.truth import Truth
@@ -97,10 +98,7 @@ def contact_sheet(dataset: Dataset, split: str, seed: int = 0) -> Figure:
     rows = rows.sample(min(12, len(rows)), random_state=np.random.default_rng(seed))
     columns = 4
     lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, 2 * columns, figsize=(13, 2.6 * lines), width_ratios=[1, 2] * columns,
-                                squeeze=False, layout="constrained")  # fmt: skip
-    for axis in axes.flat:
-        axis.set_axis_off()
+    figure, axes = picture_places(lines, [1, 2] * columns, (13, 2.6 * lines))
     for place, row in enumerate(rows.itertuples(index=False)):
         picture, text = axes[place // columns, 2 * (place % columns) : 2 * (place % columns) + 2]
         picture.imshow(load_image(resolve_image(dataset.images, row.image)), interpolation="nearest")
@@ -114,15 +112,13 @@ def plot_part_maps(dataset: Dataset, split: str, seed: int) -> Figure:
     """Show ten SimPEDES pictures above their true part maps."""
     maps = dataset.require_truth().parts(split)
     paths = np.random.default_rng(seed).choice(list(maps), size=min(10, len(maps)), replace=False)
-    figure, axes = plt.subplots(2, len(paths), figsize=(1.15 * len(paths) + 1.6, 6.4), layout="constrained")
+    figure, axes = picture_places(2, [1] * len(paths), (1.15 * len(paths) + 1.6, 6.4))
     colours = ListedColormap(PART_COLOURS)
     for column, path in enumerate(paths):
         axes[0, column].imshow(load_image(dataset.images / path), interpolation="nearest")
         shown = axes[1, column].imshow(
             maps[path], cmap=colours, vmin=-0.5, vmax=len(PARTS) - 0.5, interpolation="nearest"
         )
-    for axis in axes.flat:
-        axis.set_axis_off()
     bar = figure.colorbar(shown, ax=axes, ticks=range(len(PARTS)), fraction=0.02)
     bar.ax.set_yticklabels(PARTS)
     return figure
@@ -149,9 +145,7 @@ def plot_families(dataset: Dataset, split: str) -> Figure:
     shown = truth.pictures(split).reset_index().drop_duplicates("identity").set_index("identity")["image"]
     size = max(map(len, families))
     columns = len(families) * size
-    figure, axes = plt.subplots(1, columns, figsize=(1.35 * columns, 4.4), layout="constrained")
-    for axis in axes:
-        axis.set_axis_off()
+    figure, (axes,) = picture_places(1, [1] * columns, (1.35 * columns, 4.4))
     for k, family in enumerate(families):
         for axis, identity in zip(axes[k * size :], family.index, strict=False):
             axis.imshow(load_image(dataset.images / shown[identity]), interpolation="nearest")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fmfa.analysis.maps import PatchGrid
 from fmfa.losses.efa import group_patches, sparsify
 from fmfa.losses.matching import asdm_weights
+from fmfa.plots.retrieval import picture_places
 
 _PICTURE, _TEXT, _LOSS, _INPUT = "#0072b2", "#d55e00", "#009e73", "#666666"
 
@@ -191,7 +192,7 @@ def plot_dropping(positions: Sequence[Tensor], picture: np.ndarray, grid: PatchG
         grid: the model's patches.
         words: the caption's pieces, in order.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.0), width_ratios=(1, 1, 5), layout="constrained")
+    figure, (axes,) = picture_places(1, [1, 1, 5], (9, 3.0))
     shown = np.isin(1 + np.arange(np.prod(grid.shape)), positions[0].numpy()).reshape(grid.shape)
     height, width = (side // parts for side, parts in zip(picture.shape, grid.shape, strict=False))
     seen = np.where(np.kron(shown, np.ones((height, width), bool))[..., None], picture, 255)
@@ -200,8 +201,6 @@ def plot_dropping(positions: Sequence[Tensor], picture: np.ndarray, grid: PatchG
         axis.imshow(values)
         axis.set_title(title, fontsize=9)
     _write_words(axes[2], words, set(positions[1].tolist()))
-    for axis in axes:
-        axis.axis("off")
     return figure
 
 

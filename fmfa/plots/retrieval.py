@@ -161,10 +161,7 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
     """
     if not len(queries):
         return _notice("no caption to show")
-    figure, lines = plt.subplots(len(queries), SHOWN + 2, figsize=(3 + 1.05 * SHOWN, 2.6 * len(queries)), squeeze=False,
-                                 width_ratios=[2.6] + [1] * (SHOWN + 1), layout="constrained")  # fmt: skip
-    for axis in lines.flat:
-        axis.set_axis_off()
+    figure, lines = picture_places(len(queries), [2.6] + [1] * (SHOWN + 1), (3 + 1.05 * SHOWN, 2.6 * len(queries)))
     for (text, target, *places), query in zip(lines, queries, strict=True):
         row, rank = evaluation.rows.iloc[query], evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         _write(text, f"identity {row['identity']}, first hit at rank {rank}", row["caption"])
@@ -180,10 +177,7 @@ def retrieval_grid(evaluation: Evaluation, images: str | Path, queries: Sequence
 def hit_grid(hits: pd.DataFrame, title: str) -> Figure:
     """Show hits of a gallery (`path`, `cosine`, best first) with rank, cosine and file name."""
     columns, lines = 5, max(1, -(-len(hits) // 5))
-    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 3.2 * lines), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for axis in axes.flat:
-        axis.set_axis_off()
+    figure, axes = picture_places(lines, [1] * columns, (2.4 * columns, 3.2 * lines))
     for rank, (axis, hit) in enumerate(zip(axes.flat, hits.itertuples(index=False)), start=1):
         name = textwrap.shorten(_plain(Path(hit.path).name), 26, placeholder="...")
         framed(axis, hit.path, f"{rank}: cosine {hit.cosine:.3f}\n{name}")
@@ -241,6 +235,15 @@ def _chance_cmc(metrics: RankMetrics) -> np.ndarray:
     return np.average(hit, axis=0, weights=queries)
 
 
+def picture_places(lines: int, widths: Sequence[float], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches with lines of places for pictures and texts, without axes: Axes [lines, widths]."""
+    figure, places = plt.subplots(lines, len(widths), figsize=size, width_ratios=widths, squeeze=False,
+                                  layout="constrained")  # fmt: skip
+    for axis in places.flat:
+        axis.set_axis_off()
+    return figure, places
+
+
 def framed(axis: Axes, picture: str | Path | np.ndarray, title: str, colour: str = "0.6") -> None:
     """Show a picture (a file, or uint8 [H, W, 3]) in a frame under a title of the frame's colour, black over grey."""
     if not isinstance(picture, np.ndarray):
@@ -268,7 +271,6 @@ def _plain(text: str) -> str:
 
 
 def _notice(text: str) -> Figure:
-    figure, axis = plt.subplots(figsize=(6, 0.8), layout="constrained")
-    axis.set_axis_off()
+    figure, ((axis,),) = picture_places(1, [1], (6, 0.8))
     axis.text(0, 0.5, text, va="center", transform=axis.transAxes)
     return figure

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import resolve_image
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation
-from fmfa.plots.retrieval import HIT, MISS, SHOWN, framed
+from fmfa.plots.retrieval import HIT, MISS, SHOWN, framed, picture_places
 from fmfa.simpedes.truth import Truth, told_truly
 
 PERPLEXITY = 30  # of t-SNE: how many neighbours a point has, about
@@ -47,14 +47,12 @@ def plot_side_by_side(evaluations: Mapping[str, Evaluation], dataset: Dataset, s
     row = next(iter(evaluations.values())).rows.iloc[query]
     wrong = _contradictions(dataset.truth, split, row.to_frame().T) if dataset.truth else {}
     size = 1.12 * SHOWN + 1.6, 3.35 * len(evaluations) + 0.7
-    figure, lines = plt.subplots(len(evaluations), SHOWN + 1, figsize=size, squeeze=False, layout="constrained")
+    figure, lines = picture_places(len(evaluations), [1] * (SHOWN + 1), size)
     figure.suptitle(textwrap.fill(row["caption"], 125), fontsize=9, parse_math=False)
     for (target, *places), (name, evaluation) in zip(lines, evaluations.items()):
         framed(target, resolve_image(dataset.images, row["image"]), "wanted")
         rank = evaluation.metrics[TEXT_TO_IMAGE].first_rank[query]
         target.set_xlabel(f"{textwrap.fill(name, 14)}\nfirst hit at\nrank {rank}", fontsize=8, parse_math=False)
-        for axis in places:
-            axis.set_axis_off()
         matches = evaluation.top_matches(query, SHOWN).itertuples(index=False)
         for place, (axis, match) in enumerate(zip(places, matches), start=1):
             mark, colour = ("✓", HIT) if match.hit else ("✗", MISS)
