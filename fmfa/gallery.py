@@ -278,8 +278,8 @@ def build_gallery(
         given = _given(vectors, source, pictures.attrs["rows"], record["dimension"]) if vectors else None
         if entry not in record["sources"]:
             record["sources"].append(entry)
-        write_json(folder / RECORD, record)
         with _connected(folder, write=True) as table:
+            write_json(folder / RECORD, record)  # after the table: a folder with a record opens
             own = [name for name in pictures if name not in OWN_COLUMNS]
             _fit_columns(table, own)
             outdated = _outdated(table, pictures)

@@ -308,20 +308,24 @@ import os, signal, sys
 from fmfa import gallery
 from fmfa.systems import load_system
 gallery._BATCH = 3
-calls, original = [], gallery.flush
+calls, original, write_json = [], gallery.flush, gallery.write_json
 def flush(path):
     calls.append(path)
     if len(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     original(path)
-gallery.flush = flush
+def write(*given):
+    write_json(*given)
+    if sys.argv[3] == "-1":
+        os.kill(os.getpid(), signal.SIGKILL)
+gallery.flush, gallery.write_json = flush, write
 system = load_system()
 print("ready", flush=True)
 gallery.build_gallery(sys.argv[1], sys.argv[2], system, {"source": "", "model": {}}, progress=False)
 """
 
 
-@pytest.mark.parametrize("point", [1, 2, 9, "random"])
+@pytest.mark.parametrize("point", [-1, 1, 2, 9, "random"])
 def test_a_killed_build_leaves_a_gallery_that_opens_and_goes_on(tmp_path, crops, system, point):
     command = [sys.executable, "-c", _KILLED, str(tmp_path / "g"), str(crops), str(0 if point == "random" else point)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -330,9 +334,9 @@ def test_a_killed_build_leaves_a_gallery_that_opens_and_goes_on(tmp_path, crops,
         time.sleep(random.uniform(0.05, 0.5))
         child.send_signal(signal.SIGKILL)
     assert child.wait() in (-signal.SIGKILL, 0)
-    if (tmp_path / "g" / "gallery.sqlite").exists():
+    if (tmp_path / "g" / "gallery.json").exists():
         held = assert_consistent(tmp_path / "g", system)
-        assert point == "random" or len(held) == 3 * (point - 1)
+        assert point == "random" or len(held) == 3 * max(point - 1, 0)
     build(tmp_path / "g", crops, system)
     assert len(assert_consistent(tmp_path / "g", system)) == 30
 
