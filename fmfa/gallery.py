@@ -453,6 +453,8 @@ def _pictures_at(source: str, opening: dict[str, Any], missing: bool) -> tuple[p
     faults: dict[str, str] = {}
     if os.path.isdir(source):
         paths, faults = pictures_below(Path(source))
+        if not paths:  # as of a disk that is not mounted
+            raise ConfigError(f"{source} holds no picture; give a folder with pictures, or remove what is gone by name")
         table = pd.DataFrame({"path": paths})
     elif os.path.isfile(source):
         table = _read_table(Path(source))

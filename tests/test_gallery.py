@@ -277,6 +277,9 @@ def test_a_source_that_is_gone_takes_no_picture_with_it(tmp_path, crops, system)
     crops.rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="crops: no such folder or table"):
         refresh_gallery(tmp_path / "g", system, progress=False)
+    crops.mkdir()  # as the place of a disk that is not mounted
+    with pytest.raises(ConfigError, match="crops holds no picture"):
+        refresh_gallery(tmp_path / "g", system, progress=False)
     assert len(open_gallery(tmp_path / "g")) == 30
 
 
