@@ -67,6 +67,7 @@ class TrainConfig:
     warmup_epochs: float = setting(-1.0, "-1 = the preset's; by parts of an epoch for linear alone", ge=-1)
     warmup_factor: float = setting(0.1, "first epoch's rate by base rate; not for ivt", ge=0, le=1)
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "of the forward pass")
+    compile: bool = setting(False, "compile the model (torch.compile): minutes first; results differ by rounding")
     accumulate: Positive = setting(1, "batches summed into one step")
     clip_norm: float = setting(0.0, "largest gradient norm; 0 = no clipping", ge=0)
     mask_rate: float = setting(0.15, "share of caption tokens masked for IRR", ge=0, le=0.9)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -263,6 +264,10 @@ def _on_cpu(config: TrainConfig) -> bool:
     cpu = told or choose_device(config.device).type == "cpu"
     if cpu and config.precision == "fp16":
         raise ConfigError("precision 'fp16' needs a GPU; on a CPU take 'fp32' or 'bf16'")
+    if cpu and config.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ConfigError(
+            "compile is true, but there is no C++ compiler (g++, or what CXX names); install it, or train without"
+        )
     return cpu
 
 

@@ -95,6 +95,7 @@ class TrainingLoop:
             metrics = checked(last, METRICS).read_bytes()
             read_weights(last, model)
         self.prepared, self.optimizer = accelerator.prepare(model, optimizer)
+        self.forward = torch.compile(self.prepared) if config.compile else self.prepared
         if last is not None:
             read_optimizer(last, self.optimizer, accelerator.scaler)
         self.unread: list[_Step] = []
@@ -202,9 +203,11 @@ class TrainingLoop:
         for number, batch in enumerate(group, start=1):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             with nullcontext() if number == len(group) else accelerator.no_sync(self.prepared):
-                output: ModelOutput = self.prepared(batch)
+                logged = bool(every) and step % every == 0 and number == 1
+                # outputs of a compiled graph are no functions of each other: losses would have no gradient in features
+                output: ModelOutput = (self.prepared if logged else self.forward)(batch)
                 found.append(self._values(output))
-                if every and step % every == 0 and number == 1:
+                if logged:
                     self._log("gradient", self.progress.epoch, gradient_norms(output))
                 accelerator.backward(sum(output.losses.values()) / len(group))
         rows = tuple({name: value for name, value in batch.items() if name == "rows"} for batch in group)
