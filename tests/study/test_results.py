@@ -126,6 +126,10 @@ def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
     assert told_table("## Levels") == told
+    wide = readable(seeds_table(read_results(COMMITTED.parent / "wide"))).set_index("row")
+    assert {row: told_table("## Many people, seen once")[row] for row in wide.index} == {
+        row: list(wide.loc[row, ["seeds", *METRICS]]) for row in wide.index
+    }
     kinds = ("claims", "parts", "controls", "oracles", "recipes", "forms")
     claims = pd.concat([claims_table(committed(), kind=kind) for kind in kinds])
     claims = claims[claims["seeds"] > 0]
