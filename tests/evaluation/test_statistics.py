@@ -149,7 +149,7 @@ def test_levels_of_holm_by_hand():
     assert holm_levels([]).shape == (0,)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(
         st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.0125, 0.05 / 3, 0.025, 0.05])), min_size=1, max_size=12
