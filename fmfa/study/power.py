@@ -21,13 +21,15 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     """Variance components of the paired differences that the claims speak of, as standard deviations in points of R@1.
 
     Returns:
-        One line per claim of `data/claims.yml` whose rows share two seeds or more: row, minus, seeds,
-        identities, queries, then the components (see `fmfa.evaluation.power.Components`), and `seed means` with its
-        95 % interval by chi-square: the spread of whole seeds, known only roughly from a few. Empty without pairs.
+        One line per pair of single rows in the claims, their parts and the recipes of `data/claims.yml` that
+        share two seeds or more: row, minus, seeds, identities, queries, then the components (see
+        `fmfa.evaluation.power.Components`), and `seed means` with its 95 % interval by chi-square: the spread
+        of whole seeds, known only roughly from a few. Empty without pairs.
     """
     rows, lines = results.rows(split), []
-    pairs = {(claim["row"], claim["minus"]) for claim in read_claims()}
-    for row, minus in sorted(pairs):
+    compared = [claim for kind in ("claims", "parts", "recipes") for claim in read_claims(kind)]
+    pairs = {(claim["row"], claim["minus"]) for claim in compared}
+    for row, minus in sorted(pair for pair in pairs if set(pair) <= set(rows.runs)):
         sides = rows.pair(row, minus)
         if sides is None or len(sides[0]) < 2:
             continue
