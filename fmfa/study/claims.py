@@ -26,6 +26,7 @@ _SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), EQ
            ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
            MISSING: ("was not run", "were not run")}  # fmt: skip
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
+_SIDES = {HOLDS: "above", FAILS: "below", EQUAL: "neither", OPEN: "neither"}
 
 
 def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str = "claims") -> pd.DataFrame:
@@ -40,8 +41,8 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
     Returns:
         One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
         not measured here); `R@1 difference`, `low`, `high` and `p` are measured over seeds and identities as in
-        `comparisons.rows_paired_table`; `p (Holm)`, `low (Holm)` and `high (Holm)` are corrected over the table's
-        claims that were run with several seeds (`comparisons.corrected_columns`), as is `p (equal)`, the two one-sided
+        `rows_paired_table`; `p (Holm)`, `low (Holm)` and `high (Holm)` are corrected over the table's
+        claims that were run with several seeds (`corrected_columns`), as is `p (equal)`, the two one-sided
         tests that the difference is `MARGIN` or more. `verdict` is "holds" or "does not hold" if `p (Holm)` is at most
         0.05, by the sign of the difference, else "equal within 1 point" if `p (equal)` is, else "open"; "one seed: no
         verdict", and "not run". `mAP difference` and `verdict by mAP` are the same of mAP. A control is "as it must
@@ -51,19 +52,15 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
         ConfigError: two runs were evaluated on different queries, or no such kind.
     """
     claims, rows = read_claims(kind), results.rows(split)
-    compared = [rows.compare(claim["row"], claim["minus"], seed=seed) for claim in claims]
-    lines = [_measured(rows, claim, one) for claim, one in zip(claims, compared, strict=True)]
-    table = pd.DataFrame(lines).join(corrected_columns(compared))
-    found = [_verdict(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
-    table["verdict"], table["in words"] = [verdict for verdict, _ in found], [words for _, words in found]
-    by_map = [rows.compare(claim["row"], claim["minus"], "mAP", seed) for claim in claims]
-    decided = corrected_columns(by_map)
+    compared, by_map = (
+        [rows.compare(claim["row"], claim["minus"], metric, seed) for claim in claims] for metric in ("R@1", "mAP")
+    )
+    table = pd.DataFrame([_measured(rows, claim, one) for claim, one in zip(claims, compared, strict=True)])
+    table = table.join(corrected_columns(compared))
+    table["verdict"] = _verdicts(claims, compared, table)
+    table["in words"] = [_in_words(*line) for line in zip(claims, table.to_dict("records"), strict=True)]
     table["mAP difference"] = [100 * one.difference.estimate if one else np.nan for one in by_map]
-    several = table["p"].notna()
-    table["verdict by mAP"] = [
-        _decided(*line) for line in zip(table["mAP difference"], decided["p (Holm)"], decided["p (equal)"])
-    ]
-    table["verdict by mAP"] = table["verdict by mAP"].where(several, table["verdict"])
+    table["verdict by mAP"] = _verdicts(claims, by_map, corrected_columns(by_map))
     beside = ["single", "level", "other", "further_low", "further_high"]
     table = table.drop(columns=["effect size", *beside], errors="ignore")
     first = [name for name in ("paper", "claim", "verdict", "in words") if name in table]
@@ -162,33 +159,45 @@ def _published(methods: list[str] | None) -> str:
     return f"{gains.min():+.2f} to {gains.max():+.2f} (n = {len(gains)})" if len(gains) else ""
 
 
-def _verdict(claim: dict[str, Any], line: dict[str, Any]) -> tuple[str, str]:
-    """Return the verdict and the sentence that goes with it."""
+def _verdicts(
+    claims: list[dict[str, Any]], compared: Sequence[RowComparison | None], corrected: pd.DataFrame
+) -> list[str]:
+    """The verdict on each claim by the corrected p values of its comparison."""
+    verdicts = []
+    for claim, one, p_different, p_equal in zip(claims, compared, corrected["p (Holm)"], corrected["p (equal)"]):
+        verdict = EQUAL if p_equal <= LEVEL else OPEN
+        if one is None or one.seeds == 1:
+            verdict = ONE_SEED if one else MISSING
+        elif p_different <= LEVEL:
+            verdict = HOLDS if one.difference.estimate > 0 else FAILS
+        if "expected" in claim and verdict in _SIDES:
+            side = _SIDES[verdict]
+            right = side == claim["expected"] or (claim["expected"] == "not above" and side != "above")
+            verdict = AS_EXPECTED if right else UNEXPECTED if verdict in (HOLDS, FAILS) else OPEN
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _in_words(claim: dict[str, Any], line: dict[str, Any]) -> str:
     if not line["seeds"]:
-        return MISSING, f"{line['row']} and {line['minus']} were not all run with the same seed."
+        return f"{line['row']} and {line['minus']} were not all run with the same seed."
     measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}] points of R@1"
     if line["seeds"] == 1:
-        return ONE_SEED, f"These two networks differ by {measured}; {_one_seed(line)}"
-    verdict = _decided(line["R@1 difference"], line["p (Holm)"], line["p (equal)"])
+        return f"These two networks differ by {measured}; {_one_seed(line)}"
     measured += f" over {line['seeds']} seeds, corrected [{line['low (Holm)']:.1f}, {line['high (Holm)']:.1f}]"
-    if expected := claim.get("expected"):
-        return _control(expected, verdict, measured)
-    words = {
-        HOLDS: "better by more than the noise.",
-        FAILS: "worse by more than the noise.",
-        EQUAL: "the difference is shown to be below 1 point.",
-        OPEN: "this is within the noise, and the noise is too large to call them equal.",
-    }[verdict]
-    if verdict == OPEN and line["p"] <= LEVEL:
-        words = "more than the noise of one comparison, but not of all in this table."
-    return verdict, f"{measured}: {words}"
-
-
-def _decided(difference: float, p_different: float, p_equal: float) -> str:
-    """The verdict on a difference by its corrected p values."""
-    if p_different <= LEVEL:
-        return HOLDS if difference > 0 else FAILS
-    return EQUAL if p_equal <= LEVEL else OPEN
+    different = line["p (Holm)"] <= LEVEL
+    if "expected" in claim:
+        side = ("above" if line["R@1 difference"] > 0 else "below") if different else "neither above nor below"
+        if line["verdict"] == UNEXPECTED:
+            return f"{measured}: {side}, where it must be {claim['expected']}."
+        return f"{measured}: {side} by more than the noise."
+    if different:
+        return f"{measured}: {'better' if line['R@1 difference'] > 0 else 'worse'} by more than the noise."
+    if line["verdict"] == EQUAL:
+        return f"{measured}: the difference is shown to be below 1 point."
+    if line["p"] <= LEVEL:
+        return f"{measured}: more than the noise of one comparison, but not of all in this table."
+    return f"{measured}: this is within the noise, and the noise is too large to call them equal."
 
 
 def _one_seed(line: dict[str, Any]) -> str:
@@ -199,15 +208,6 @@ def _one_seed(line: dict[str, Any]) -> str:
         f"the one training of {line['single']}, {line['level']:.1f} %, lies {side} of where one further training of "
         f"{line['other']} would lie, {line['further_low']:.1f} to {line['further_high']:.1f} %."
     )
-
-
-def _control(expected: str, verdict: str, measured: str) -> tuple[str, str]:
-    side = {HOLDS: "above", FAILS: "below"}.get(verdict, "neither above nor below")
-    if side == expected or (expected == "not above" and side != "above"):
-        return AS_EXPECTED, f"{measured}: {side} by more than the noise."
-    if verdict in (HOLDS, FAILS):
-        return UNEXPECTED, f"{measured}: {side}, where it must be {expected}."
-    return OPEN, f"{measured}: {side} by more than the noise."
 
 
 def rows_paired_table(results: Results, baseline_row: str, split: str = "test", seed: int = 0) -> pd.DataFrame:
