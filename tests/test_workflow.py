@@ -89,6 +89,17 @@ def test_the_standard_scale_is_its_core_times_five_seeds():
     assert len(study(scale="standard", chosen="fmfa", seeds="3").runs) == 3
 
 
+def test_the_wide_scale_trains_on_other_people_for_each_seed_and_tests_on_the_same():
+    wide = study(scale="wide")
+    assert len(wide.runs) == 20
+    for run in wide.runs:
+        assert run.data == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": run.seed}
+        assert run.tested == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": 0}
+    steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2", "-3", "-4")]
+    assert sorted(wide.data) == steps
+    assert [wide.data[step]["data_seed"] for step in steps] == [0, 1, 2, 3, 4]
+
+
 def test_each_scale_has_the_rows_that_its_settings_name():
     for name, settings in DEFINITION["scales"].items():
         rows = {row.name for row in select_rows(expand_rows(DEFINITION["rows"]), settings["rows"])}

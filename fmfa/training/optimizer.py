@@ -1,6 +1,7 @@
 """The optimiser: parameter groups by name, their learning-rate factors, and the rate of an epoch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,27 +79,27 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def learning_rate(config: TrainConfig, time: float, factor: float = 1.0) -> float:
     """Learning rate after `time` epochs for a group with `factor`; "linear" changes by step, the others by epoch."""
     base, epoch = config.learning_rate * factor, math.floor(time)
-    if config.schedule == "linear":
-        rising = config.warmup_factor + (1 - config.warmup_factor) * time / max(config.warmup_epochs, 1e-9)
-        falling = (config.epochs - time) / max(config.epochs - config.warmup_epochs, 1e-9)
-        return base * (rising if time < config.warmup_epochs else falling)
     if config.schedule in ("ivt", "ivt_from_1"):
         epoch += config.schedule == "ivt_from_1"
         return ivt_cosine(epoch, base=base, epochs=config.epochs, warmup_epochs=config.warmup_epochs)
     if config.schedule == "constant":
         return base
-    return base * warmup_cosine(
-        epoch,
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_factor=config.warmup_factor,
-    )
+    length: dict[str, Any] = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs}
+    length["warmup_factor"] = config.warmup_factor
+    return base * (warmup_linear(time, **length) if config.schedule == "linear" else warmup_cosine(epoch, **length))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, time: float) -> None:
     """Give every parameter group its rate after `time` epochs."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, time, group["factor"])
+
+
+def warmup_linear(time: float, *, epochs: int, warmup_epochs: float, warmup_factor: float) -> float:
+    """Factor on the base rate after `time` of `epochs` epochs: up from `warmup_factor` to 1, then down to 0."""
+    if time < warmup_epochs:
+        return warmup_factor + (1 - warmup_factor) * time / warmup_epochs
+    return (epochs - time) / (epochs - warmup_epochs)
 
 
 def warmup_cosine(epoch: int, *, epochs: int, warmup_epochs: float = 5, warmup_factor: float = 0.1) -> float:

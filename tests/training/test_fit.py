@@ -144,6 +144,18 @@ def test_resuming_after_a_crash_ends_with_the_same_bytes(calls, whole, tmp_path)
     assert (best / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
+def test_a_rate_by_step_is_the_same_after_a_crash_within_an_epoch(tmp_path):
+    changes = {"schedule": "linear", "epochs": 1, "warmup_epochs": 0.5}
+    toy_fit(tmp_path / "whole", **changes)
+    with pytest.raises(Crash):
+        toy_fit(tmp_path / "resumed", CrashingModel(5), **changes)
+    toy_fit(tmp_path / "resumed", **changes)
+    assert last_weights(tmp_path / "resumed") == last_weights(tmp_path / "whole")
+    metrics = read_metrics(tmp_path / "resumed")
+    rates = metrics[metrics["metric"] == "learning_rate"]["value"].tolist()
+    assert rates == pytest.approx([0.05 / 3])  # of the last of six steps
+
+
 @pytest.mark.parametrize("calls", [6, 9, 17])
 def test_every_epoch_is_kept_on_request_through_a_crash(calls, whole, tmp_path):
     folder = tmp_path / "toy"

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_training import toy_config
 
-from fmfa.training.optimizer import ivt_cosine, warmup_cosine
+from fmfa.training.optimizer import ivt_cosine, learning_rate, warmup_cosine, warmup_linear
 
 TABLES = json.loads((Path(__file__).parents[1] / "fixtures" / "schedules.json").read_text())
 
@@ -39,3 +40,22 @@ def test_warmup_cosine_rises_then_falls_within_its_bounds(epochs, warmup, start)
     if warmup < epochs:
         assert factors[warmup] == pytest.approx(1)
         assert factors[epochs] == pytest.approx(0)
+
+
+def test_the_linear_schedule_by_hand():
+    times = [0, 0.1, 0.2, 0.6, 0.95]
+    factors = [warmup_linear(time, epochs=1, warmup_epochs=0.2, warmup_factor=0.1) for time in times]
+    assert factors == pytest.approx([0.1, 0.55, 1, 0.5, 0.0625])
+    assert warmup_linear(0, epochs=2, warmup_epochs=0, warmup_factor=0.1) == 1
+    assert warmup_linear(0.5, epochs=1, warmup_epochs=2, warmup_factor=0.2) == pytest.approx(0.4)  # never gets there
+
+
+def test_linear_changes_within_an_epoch_and_the_others_between_epochs():
+    times = [0, 0.25, 0.5, 0.75, 1, 1.25]
+    for schedule in ("linear", "warmup_cosine", "ivt", "ivt_from_1", "constant"):
+        config = toy_config(schedule=schedule, epochs=2, warmup_epochs=1, learning_rate=0.01).resolved()
+        rates = [learning_rate(config, time, 2.0) for time in times]
+        if schedule == "linear":
+            assert rates == pytest.approx([0.02 * factor for factor in (0.1, 0.325, 0.55, 0.775, 1, 0.75)])
+        else:
+            assert len(set(rates[:4])) == len(set(rates[4:])) == 1, schedule
