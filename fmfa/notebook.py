@@ -291,12 +291,6 @@ def _from_text(kind: type, value: Any) -> Any:
 class Parameters(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     """The parameters of a parameters cell, of the types that it declares and the `KINDS`, without guessing."""
 
-    @property
-    def model(self) -> dict[str, str | int]:
-        """What is said of the model of a weight file that does not record it, for `fmfa.systems.load_system`."""
-        names = ("vocabulary", "backbone", "image_height", "image_width", "stride", "position_grid")
-        return {name: getattr(self, name) for name in names}
-
 
 def declare_parameters(defaults: Mapping[str, tuple[Any, str]]) -> type[Parameters]:
     """The parameters by name: default, whose type every value has, and help."""

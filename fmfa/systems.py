@@ -160,6 +160,10 @@ def load_system(
     return _system(load_retriever(path).to(choose_device(device)), vocabulary)
 
 
+MODEL_OPTIONS = ("backbone", "vocabulary", "image_height", "image_width", "stride", "position_grid")
+"""What can be said of the model of a weight file that does not record it."""
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options that say of a foreign weight file what it does not record; see `model_options`."""
     parser.add_argument("--backbone", default="", help="of a foreign weight file: an open_clip model or JSON file")
@@ -169,10 +173,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--position-grid", default="", help="of a foreign weight file, such as 24x8")
 
 
-def model_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the options of `add_model_options`, as `load_system` takes it."""
-    names = ("backbone", "vocabulary", "image_height", "image_width", "stride", "position_grid")
-    return {name: value for name in names if (value := getattr(options, name))}
+def model_options(options: Any) -> dict[str, Any]:
+    """What options or a notebook's parameters say of `MODEL_OPTIONS`, as `load_system` takes it."""
+    return {name: value for name in MODEL_OPTIONS if (value := getattr(options, name))}
 
 
 def _with_second_branch(system: System, report: LoadReport) -> System:
@@ -341,7 +344,7 @@ def open_test_data(
     seeds = {run: config.data_seed for run, config in configs.items()}
     if data_seed >= 0:
         rendered = not root and which_dataset(dataset).startswith(SIMPEDES)
-        seeds = (seeds if not rendered else {}) | {"data_seed": data_seed}
+        seeds = ({} if rendered else seeds) | {"data_seed": data_seed}
     if len(set(seeds.values())) > 1:
         raise ConfigError(
             f"data seeds differ ({', '.join(f'{seed} of {name}' for name, seed in seeds.items())}): whom one holds out "

@@ -124,12 +124,18 @@ def test_an_evaluation_takes_the_scale_of_its_run_unless_another_is_named(tmp_pa
     run = run_of(tmp_path / "run", dataset="SimPEDES-station", scale="tiny", data_seed=3)
     for named in ({}, {"scale": "standard"}, {"dataset": "simpedes_street"}, {"root": "/r"}):
         open_test_data([run], **named)
+    open_test_data([run], data_seed=0)  # nobody of any SimPEDES' test split was trained on
+    open_test_data(
+        [run, run_of(tmp_path / "other", dataset="SimPEDES-station", scale="tiny", data_seed=4)], data_seed=9
+    )
     open_test_data([])
     assert opened == [
         ("SimPEDES-station", "", "tiny", 3),
         ("SimPEDES-station", "", "standard", 3),
         ("SimPEDES-street", "", "tiny", 3),
         ("", "/r", "tiny", 3),
+        ("SimPEDES-station", "", "tiny", 0),
+        ("SimPEDES-station", "", "tiny", 9),
         ("", "", "small", 0),
     ]
 
