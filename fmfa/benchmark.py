@@ -270,12 +270,10 @@ def ways(
             step.compute(batch)
             step.compute(batch)
             seconds = _rate(partial(step.compute, batch), repeats, place)
+        row = {"method": method, "batch": size, "deterministic": deterministic, "compile": compiled}
+        row |= {"seconds": seconds, "loading": loading, "workers": workers, "MiB": _memory(place) / 2**20}
         rate = operations / seconds
-        yield {
-            **{"method": method, "batch": size, "deterministic": deterministic, "compile": compiled},
-            **{"seconds": seconds, "loading": loading, "workers": workers, "MiB": _memory(place) / 2**20},
-            **{"TFLOPs": rate / 1e12, "utilisation": rate / _largest_rate(place, config.precision)},
-        }
+        yield row | {"TFLOPs": rate / 1e12, "utilisation": rate / _largest_rate(place, config.precision)}
 
 
 def _largest_rate(device: torch.device, precision: str) -> float:
@@ -292,14 +290,14 @@ def side_by_side(count: int, device: str, seconds: float = 10.0, **changes: Any)
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(count)
     with context.Pool(count, _share, (start,)) as pool:
-        return sum(pool.starmap(_steps_alone, [(device, seconds, changes)] * count, chunksize=1)) / seconds
+        return sum(pool.starmap(_steps_alone, [(device, seconds, changes)] * count, chunksize=1))
 
 
 def _share(start: Any) -> None:
     globals()["_start"] = start
 
 
-def _steps_alone(device: str, seconds: float, changes: dict[str, Any]) -> int:
+def _steps_alone(device: str, seconds: float, changes: dict[str, Any]) -> float:
     place = choose_device(device)
     torch.set_num_threads(1)
     config, model, batches = training("irra", **changes)
@@ -310,7 +308,9 @@ def _steps_alone(device: str, seconds: float, changes: dict[str, Any]) -> int:
     while time.perf_counter() - begun < seconds:
         steps.take(waits=False)
         taken += 1
-    return taken
+    if place.type == "cuda":  # which may be far behind
+        torch.cuda.synchronize()
+    return taken / (time.perf_counter() - begun)
 
 
 def evaluation(queries: int, gallery: int, size: int = 512, *, sorts: bool = False) -> dict[str, float]:
