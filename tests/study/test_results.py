@@ -412,6 +412,7 @@ def test_power_of_the_committed_results():
     assert (table["seed means low"] < table["seed means"]).all()
     assert (table["seed means"] < table["seed means high"]).all()
     assert (table[list(COMPONENTS)] >= 0).all(axis=None)
+    assert not any("," in name for name in [*table["row"], *table["minus"]])  # of means of rows the noise is less
     seen = power_table(table, (2, 5))  # and those of the test set
     assert list(seen.columns) == ["200 identities", "1,000 identities", "5,000 identities"]
     assert (seen.loc[5] < seen.loc[2]).all()
@@ -419,6 +420,15 @@ def test_power_of_the_committed_results():
     assert list(gains["published gain"].iloc[[0, -1]].round(2)) == [0.14, 1.55]
     assert set(gains["seeds with 200 identities"]) == {"never"}
     assert int(gains["seeds with 5,000 identities"].iloc[-1]) > 5
+    page = (COMMITTED.parent / "README.md").read_text(encoding="utf-8")
+    five, ten = power_table(table, (5, 10))["1,000 identities"]
+    assert f"detect differences of {five:.1f} points, ten seeds {ten:.1f}**" in page
+    largest, following = gains["seeds with 1,000 identities"].iloc[[-1, -2]]
+    assert f"would need {largest} seeds per row, the next (0.81) {following}, and" in page
+    wide = power_table(components_table(read_results(COMMITTED.parent / "wide")), (5, 10))
+    few, many = wide.loc[5, ["1,000 identities", "5,000 identities"]]
+    ten = wide.loc[10, "1,000 identities"]
+    assert f"{few:.1f} points with five seeds and 1,000 test people, {ten:.1f} with ten seeds, and {many:.1f}" in page
 
 
 def test_one_seed_has_no_power_table(results):
