@@ -234,7 +234,7 @@ def test_the_start_of_several_runs_is_encoded_once(root, backbone, tmp_path, mon
         run_training(ivt(root, backbone, epochs=1, **changes), tmp_path / name)
     expected = load_start(tmp_path / "a", data).evaluate(data, "test", seed=3)
 
-    def found(run="a", split="test"):
+    def found(run="a", split="test", data=data):
         before = len(encoded)
         return evaluate_start(tmp_path / run, data, split, seed=3), len(encoded) - before
 
@@ -258,6 +258,8 @@ def test_the_start_of_several_runs_is_encoded_once(root, backbone, tmp_path, mon
             file.write_bytes(damage(content))
         assert found()[1] == 1
         assert torch.equal(found()[0].text_features, expected.text_features)
+    other = replace(data, table=data.table.assign(caption=data.table["caption"] + " and a hat"))
+    assert [found(data=other)[1], found(data=other)[1]] == [1, 0]
     picture = data.images / data.split("test")["image"].iloc[0]
     content = picture.read_bytes()
     picture.write_bytes(content + b" ")

@@ -45,7 +45,7 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
             | sizes
             | {k: 100 * v for k, v in deviations.items()}
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).round(9)  # what is 0 but for rounding is 0
 
 
 def pooled_components(table: pd.DataFrame) -> tuple[Components, float]:

@@ -233,6 +233,18 @@ def test_claims_get_their_verdicts(results):
     assert table.loc[~known, ["p (Holm)", "low (Holm)", "high (Holm)"]].isna().all(axis=None)
 
 
+def test_the_verdict_by_map_is_about_map(tmp_path):
+    for row, share, precision in (("irra", 0.6, 0.9), ("fmfa", 0.6, 0.5)):
+        for seed in range(3):
+            write_run(tmp_path, f"{row}-{seed}", draw(share, seed))
+            table = pd.read_csv(tmp_path / f"{row}-{seed}" / "queries-test.csv").assign(mAP=precision)
+            evaluate(tmp_path / f"{row}-{seed}", {"queries-test": table})
+    line = claims_table(read_results(tmp_path)).set_index("claim").loc["FMFA beats IRRA."]
+    assert line["verdict"] == "equal within 1 point"
+    assert line["verdict by mAP"] == "does not hold"
+    assert line["mAP difference"] == pytest.approx(-40)
+
+
 def test_the_mean_of_rows_is_compared_seed_by_seed(tmp_path):
     shares = {"ivt": 0.6, "ivt-no-bmm": 0.55, "ivt-no-mla": 0.4, "ivt-base": 0.3}
     for row, share in shares.items():

@@ -17,9 +17,12 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 
 @NEEDS_COMPILER
-def test_a_compiled_training_ends_with_the_same_weights_up_to_rounding(tmp_path):
+def test_a_compiled_training_ends_with_the_same_weights_up_to_rounding(tmp_path, monkeypatch):
+    plain_compile, compiled_models = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled_models.append(model) or plain_compile(model))
     changes = {"epochs": 1, "log_gradients_every": 3}
     found = [toy_fit(tmp_path / str(c), ToyModel(dropout=0.0), compile=c, **changes) for c in (False, True)]
+    assert len(compiled_models) == 1
     for (name, plain), compiled in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6, msg=name)
     tables = [read_metrics(tmp_path / str(c)).query("metric != 'seconds'") for c in (False, True)]
