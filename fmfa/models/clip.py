@@ -105,7 +105,7 @@ class TokenEncoder(Retriever):
             x = projection(x)
         elif projection is not None:
             x = x @ projection.to(x.dtype)  # [B, L, D]
-        return Encoded(x, x[:, 0] if alone else text_global_pool(x, ids, self._pool_type, self._end_id))
+        return self._pooled(x, ids)
 
     def _encode_by_length(self, ids: Tensor, tokens: bool) -> Encoded:
         """`encode_text` of few captions of similar length at a time, each as far as its longest."""
@@ -113,7 +113,13 @@ class TokenEncoder(Retriever):
         parts = [self.encode_text(ids[rows], tokens=tokens) for rows in order.split(SIMILAR)]
         longest, back = max(part.tokens.shape[1] for part in parts), order.argsort()
         every = [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
-        return Encoded(torch.cat(every)[back], torch.cat([part.embedding for part in parts])[back])
+        return self._pooled(torch.cat(every)[back], ids)
+
+    def _pooled(self, tokens: Tensor, ids: Tensor) -> Encoded:
+        """Tokens [B, L, D] of captions, or those at their ends [B, 1, D], with the embeddings, which depend on them."""
+        if tokens.shape[1] == 1:
+            return Encoded(tokens, tokens[:, 0])
+        return Encoded(tokens, text_global_pool(tokens, ids[:, : tokens.shape[1]], self._pool_type, self._end_id))
 
     def longest_caption(self, ids: Tensor) -> Tensor:
         """Positions that the text tower needs for the embeddings of `ids` [B, L], an int64 scalar.
@@ -254,9 +260,8 @@ class ClipRetriever(TokenEncoder):
         if apart:
             self._require(batch, "masked_ids")
         if apart and length == ids.shape[1]:
-            both = self.encode_text(torch.cat([ids, batch["masked_ids"]]), positions=length)
-            text = Encoded(both.tokens[: len(ids)], both.embedding[: len(ids)])
-            masked = both.tokens[len(ids) :]
+            both = self.encode_text(torch.cat([ids, batch["masked_ids"]]), positions=length).tokens
+            text, masked = self._pooled(both[: len(ids)], ids), both[len(ids) :]
         else:
             text = self.encode_text(ids, positions=length, tokens=words)
             masked = self.encode_text(batch["masked_ids"], positions=ids.shape[1]).tokens if apart else text.tokens

@@ -11,6 +11,7 @@ from fmfa.errors import ConfigError
 from fmfa.models.backbone import resize_positions
 from fmfa.models.clip import SIMILAR, ClipRetriever
 from fmfa.models.objectives import Objectives, objectives
+from fmfa.training.loop import gradient_norms
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,20 @@ def test_captions_of_similar_length_are_encoded_together_and_keep_their_order():
         told = model.caption_positions(data["caption_ids"])
         tokens = model.encode_text(data["caption_ids"]).tokens
     torch.testing.assert_close(tokens[told[:, : tokens.shape[1]]], full.tokens[told])
+
+
+@pytest.mark.parametrize("changes", [{"itc": 1}, {"sdm": 1, "id": 1, "irr": 1}, {"asdm": 1, "efa": 1, "irr": 1},
+                                     {"sdm": 1, "efa": 1, "irr": 1, "efa_positions": "all"}])  # fmt: skip
+def test_every_loss_of_the_embeddings_has_a_gradient_in_the_shared_features(changes, monkeypatch):
+    model, data = retriever(Objectives(irr_depth=1, **changes)), batch(2 * SIMILAR, longest=CONTEXT)
+    data["labels"] %= 2
+    norms = gradient_norms(model(data))
+    monkeypatch.setattr("fmfa.models.clip.SIMILAR", len(data["caption_ids"]))
+    assert norms == pytest.approx(gradient_norms(model(data)), rel=1e-4)  # as of captions encoded all together
+    for loss in set(changes) - {"irr", "efa_positions"}:
+        assert min(norms[f"{loss}/image_tokens"], norms[f"{loss}/text_tokens"]) > 0, loss
+    if "irr" in changes:
+        assert norms["irr/masked_text_tokens"] > 0 == norms["irr/text_tokens"]
 
 
 def test_a_text_tower_that_is_not_causal_runs_on_all_positions():
