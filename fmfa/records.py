@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from fmfa.files import PROJECT, flush, now, read_json, said_plainly, status_reco
 RECORD, METRICS = "run.json", "metrics.csv"
 METRIC_COLUMNS = ("run", "split", "epoch", "step", "metric", "value")
 _FIELDS = {
-    **dict.fromkeys(("status", "started", "host", "device", "data"), str),
+    **dict.fromkeys(("row", "status", "started", "host", "device", "data"), str),
     **dict.fromkeys(("process", "seed", "steps", "best_epoch"), int),
     **dict.fromkeys(("config", "versions", "git"), dict),
     **dict.fromkeys(("finished", "error"), str | None),
@@ -38,8 +39,8 @@ PACKAGES = (
 def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
     """Keep `run.json` in `folder` while the body runs, and note how the body ended.
 
-    The record holds `content`, versions, commit, and what `status_record` adds. A folder that was run before keeps its
-    first start time and lists the later ones under `resumed`.
+    The record holds `content`, `row` (`row_of` the folder's first name), versions, commit, and what `status_record`
+    adds. A folder that was run before keeps its first start time and lists the later ones under `resumed`.
 
     Raises:
         TrainingError: the record cannot be written.
@@ -48,6 +49,7 @@ def run_record(folder: str | Path, **content: Any) -> Iterator[dict[str, Any]]:
     path, earlier = Path(folder) / RECORD, read_record(folder)
     record: dict[str, Any] = {
         **content,
+        "row": row_of(folder),
         "started": earlier.get("started", now()),
         "resumed": [*earlier.get("resumed", []), *([now()] if "started" in earlier else [])],
         "host": socket.gethostname(),
@@ -74,6 +76,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         return {"status": "unreadable", "error": str(error)}
     return record
+
+
+def row_of(folder: str | Path) -> str:
+    """The row of the study that a run belongs to: the record's, or without one what `make study` names its folder."""
+    return read_record(folder).get("row") or re.sub(r"-\d+$", "", Path(folder).name)
 
 
 class MetricsLog:

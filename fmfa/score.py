@@ -34,9 +34,9 @@ from fmfa.evaluation.features import is_features, read_features, read_qrels, rea
 from fmfa.evaluation.score_record import Cost, ScoreRecord, describe_split, queries_of, write_record
 from fmfa.files import said_plainly, whole_file
 from fmfa.models.outputs import Encoded, Retriever
-from fmfa.records import RECORD, read_record
+from fmfa.records import RECORD, read_record, row_of
 from fmfa.study.levels import readable, result_table
-from fmfa.study.results import METRICS, row_of, study_records
+from fmfa.study.results import METRICS, study_records
 from fmfa.systems import System, add_model_options, load_system, model_options, open_test_data
 
 SCORES = (".csv", ".run", ".trec", ".txt")
@@ -249,7 +249,7 @@ def _score(options: argparse.Namespace) -> None:
     stem = folder.name if folder.is_dir() else folder.stem if folder.exists() else options.system
     stem = re.sub("[/:]", "-", stem) or "tiny_clip"
     is_run = (folder / RECORD).is_file()
-    name = options.name or (row_of(stem) if is_run else stem)
+    name = options.name or (row_of(folder) if is_run else stem)
     seed = options.seed if options.seed is not None else read_record(folder).get("seed", 0) if is_run else 0
     selected = options.selected or ("validation" if is_run else "not told")
     split = describe_split(data.name, options.split, rows, gallery)

@@ -9,7 +9,16 @@ import pytest
 from fmfa.data.annotations import Dataset, data_fingerprint
 from fmfa.errors import TrainingError
 from fmfa.files import write_json
-from fmfa.records import MetricsLog, device_name, git_state, package_versions, read_metrics, read_record, run_record
+from fmfa.records import (
+    MetricsLog,
+    device_name,
+    git_state,
+    package_versions,
+    read_metrics,
+    read_record,
+    row_of,
+    run_record,
+)
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -39,6 +48,18 @@ def test_a_record_says_how_the_run_ended(tmp_path):
     assert (record["status"], record["best"], record["error"]) == ("finished", 12.5, None)
     assert record["started"] <= record["finished"]
     assert record["versions"]["numpy"] == np.__version__
+
+
+def test_a_run_keeps_its_row_wherever_its_folder_goes(tmp_path):
+    folder = tmp_path / "irra-padding-mask-12"
+    folder.mkdir()
+    with run_record(folder):
+        pass
+    folder.rename(tmp_path / "copy of it")
+    with run_record(tmp_path / "copy of it"):
+        pass
+    assert row_of(tmp_path / "copy of it") == "irra-padding-mask"
+    assert row_of(tmp_path / "fmfa-released-0") == "fmfa-released"
 
 
 @pytest.mark.parametrize(

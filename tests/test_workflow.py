@@ -91,8 +91,9 @@ def test_the_standard_scale_is_its_core_times_five_seeds():
 
 def test_the_wide_scale_trains_on_other_people_for_each_seed_and_tests_on_the_same():
     wide = study(scale="wide")
-    assert len(wide.runs) == 20
+    assert len(wide.runs) == 5 * len({run.row for run in wide.runs})
     for run in wide.runs:
+        assert run.parameters["augmentation"] == ("full" if run.row.endswith("augmented") else "none")
         assert run.data == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": run.seed}
         assert run.tested == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": 0}
     steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2", "-3", "-4")]
@@ -120,6 +121,22 @@ def test_a_curve_is_one_row_a_value():
     assert [row.name for row in select_rows(rows, "alpha=1")] == ["alpha=1"]
     with pytest.raises(ConfigError, match=r"no row 'alpa' in study\.yml; did you mean alpha"):
         select_rows(rows, "alpa")
+
+
+def test_a_row_makes_more_passes_than_its_scale(tmp_path):
+    lengths = {
+        run.row: (run.parameters["epochs"], run.parameters.get("warmup_epochs")) for run in study(scale="wide").runs
+    }
+    assert (lengths["fmfa"], lengths["plain"], lengths["plain-once"]) == ((1, 0.2), (3, 0.6), (1, 0.2))
+    data = {"datasets": "ICFG-PEDES", "root_ICFG-PEDES": str(tmp_path)}
+    paper = {run.row: run for run in study(scale="paper", chosen="plain fmfa", **data).runs}
+    assert (paper["fmfa"].parameters["epochs"], paper["plain"].parameters["epochs"]) == (
+        -1,
+        300,
+    )  # the preset's are 100
+    assert "augmentation" not in paper["plain"].parameters
+    with pytest.raises(ConfigError, match=r"rows\.plain\.passes"):
+        study(rows=DEFINITION["rows"] | {"plain": {"method": "clip", "passes": 0}})
 
 
 def test_a_run_trained_on_one_domain_is_tested_on_the_other():

@@ -18,7 +18,7 @@ from fmfa.files import PROJECT, read_json
 
 RUNS = "runs"
 SIMPEDES = "SimPEDES"
-_NOT_PARAMETERS = ("core", "over", "seeds")
+_NOT_PARAMETERS = ("core", "over", "passes", "seeds")
 _DATA = ("dataset", "root", "scale", "data_seed")
 
 
@@ -30,6 +30,7 @@ class Row:
     group: str  # the row's name in study.yml: for a point of a curve, the curve's
     core: bool
     seeds: int  # 0 = the scale's
+    passes: int  # over the pairs, times those of the scale
     parameters: dict[str, Any]
     point: dict[str, Any]  # of a curve: value by variable; else empty
 
@@ -141,6 +142,7 @@ def read_study(config: Mapping[str, Any]) -> Study:
                 kept = {"keep_epochs": True} if row.name in settings["keep_epochs"] else {}
                 data = {"dataset": dataset, **roots[dataset]} | ({"data_seed": seed} if settings["fresh"] else {})
                 parameters = {**data, **shared, **kept, **weights, **row.parameters, "seed": seed}
+                parameters |= _lengthened(parameters, row.passes)
                 folder = f"{results}/{row.name}-{seed}"
                 run = Run(folder, results, row.name, seed, parameters, test=settings["test"])
                 runs.append(run)
@@ -167,7 +169,8 @@ def expand_rows(defined: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
             if not re.fullmatch(_NAME, name):
                 raise ConfigError(f"study.yml, rows.{group}.over: a point cannot be named {name!r}; use plainer values")
             filled = {key: _fill(value, point) for key, value in parameters.items()}
-            rows[name] = Row(name, group, content.get("core", False), content.get("seeds") or 0, filled, point)
+            seeds, passes = content.get("seeds") or 0, content.get("passes", 1)
+            rows[name] = Row(name, group, content.get("core", False), seeds, passes, filled, point)
     return rows
 
 
@@ -276,6 +279,16 @@ def _seeds(row: Row, settings: Mapping[str, Any], asked: int | None) -> int:
     return asked or row.seeds or (not row.core and settings["further_seeds"]) or settings["seeds"]
 
 
+def _lengthened(parameters: dict[str, Any], passes: int) -> dict[str, int | float]:
+    """Epochs and warm-up of a row that makes so many times the scale's passes; empty where it makes the scale's."""
+    lengths = {name: parameters[name] for name in ("epochs", "warmup_epochs") if passes > 1 and name in parameters}
+    if lengths.get("epochs", 0) < 0:
+        from fmfa.training.config import TrainConfig
+
+        lengths["epochs"] = TrainConfig.from_dict(parameters).resolved().epochs
+    return {name: round(passes * length, 6) for name, length in lengths.items() if length > 0}
+
+
 def _weights(definition: Mapping[str, Any], method: str) -> dict[str, str]:
     kind = "_ivt" if method == "ivt" else ""
     given = {name: definition[f"{name}{kind}"] for name in ("weights", "text_weights")}
@@ -340,6 +353,7 @@ class _Costs(BaseModel):
 class _Row(BaseModel, extra="allow"):
     method: Literal["clip", "irra", "fmfa", "ivt"]
     core: bool = False
+    passes: _Count = 1
     seeds: _Count | None = None
     over: dict[str, Annotated[list[str | int | float], Field(min_length=1)]] = {}
 

@@ -28,7 +28,7 @@ from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of, shuf
 from fmfa.evaluation.score_record import Cost, Identities, ScoreRecord, describe_split, queries_of, write_record
 from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
 from fmfa.files import PROJECT, content_checksum, read_json, said_plainly, whole_file, write_json
-from fmfa.records import RECORD, read_metrics, read_record
+from fmfa.records import RECORD, read_metrics, read_record, row_of
 from fmfa.study.definition import study_rows
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -80,7 +80,7 @@ def save_evaluation(
     described = describe_split(dataset.name, split, evaluation.rows, evaluation.gallery)
     cost = Cost(evaluation.image_features.shape[1], 0, 1)
     seed = read_record(folder).get("seed", 0)
-    scored = ScoreRecord(row_of(folder.name), seed, "validation", described, cost, queries_of(evaluation))
+    scored = ScoreRecord(row_of(folder), seed, "validation", described, cost, queries_of(evaluation))
     write_record(scored, folder / f"{_QUERIES}-{name}.record")
 
 
@@ -127,11 +127,6 @@ def study_records(
         queries = Identities(part["identity"].tolist(), part["queries"].astype(int).tolist(), sums)
         described = describe_split(run.trained_on, split, rows[key], gallery_of(rows[key]))
         yield run.run, ScoreRecord(run.row, int(run.seed), "validation", described, Cost(None, 0, 1), queries)
-
-
-def row_of(run: str) -> str:
-    """The row of the study that a run belongs to, as `make study` names its folder; the seed is the record's."""
-    return re.sub(r"-\d+$", "", run)
 
 
 def write_evaluation(
@@ -326,7 +321,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
     study, lines = study_rows(), []
     for path in sorted(folder.glob(f"*/{RECORD}")):
         record, run = read_record(path.parent), path.parent.name
-        row = row_of(run)
+        row = row_of(path.parent)
         point = study[row].point if row in study else {}
         known = {"run": run, "row": row, "seed": 0, "curve": study[row].group if point else "", "point": point,
                  "trained_on": trained_on(path.parent), "left_out": "", "config": {}, "status": None, "best": None,
