@@ -81,6 +81,28 @@ def draw_architecture(parts: tuple[Sequence[tuple], Sequence[tuple[int, int]]]) 
     return figure
 
 
+def plot_negatives(similarity: Tensor, temperatures: Sequence[float] = (0.01, 0.02, 0.05, 0.2)) -> Figure:
+    """Show how ITC's push on the negatives of a caption is divided among them, for several temperatures.
+
+    The gradient of a row by the cosine of a negative is its probability over the temperature (Wang and Liu, CVPR 2021).
+
+    Args:
+        similarity: [B, B] cosines of captions (rows) with pictures of different people; pairs on the diagonal.
+        temperatures: one line each.
+    """
+    others = similarity[~torch.eye(len(similarity), dtype=torch.bool)].view(len(similarity), -1)
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for temperature, marker in zip(temperatures, "^osDvP", strict=False):
+        share = (others / temperature).softmax(dim=1).sort(dim=1, descending=True).values.mean(dim=0).cumsum(dim=0)
+        label = f"temperature {temperature:g}: hardest {share[0]:.0%}"
+        axis.plot(range(1, len(share) + 1), share.numpy(), marker, linestyle="-", markersize=4, label=label)
+    axis.set(xlabel="hardest negatives of a caption", ylabel="share of the push", xscale="log", ylim=(0, 1.03))
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick < 2 * len(others[0])]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    figure.legend(loc="outside right upper")
+    return figure
+
+
 def plot_asdm_by_rank(similarity: Tensor) -> Figure:
     """Show A-SDM's weight of every row of a batch by the rank of its own pair, for two strengths alpha.
 

@@ -138,10 +138,11 @@ def read_study(config: Mapping[str, Any]) -> Study:
         results = f"{RUNS}/{name}" if len(settings["datasets"]) == 1 else f"{RUNS}/{name}/{dataset}"
         for row in chosen:
             for seed in range(_seeds(row, settings, definition["seeds"])):
-                weights = _weights(definition, row.parameters["method"])
+                method = row.parameters["method"]
+                given = settings["methods"].get(method, {}) | _weights(definition, method)
                 kept = {"keep_epochs": True} if row.name in settings["keep_epochs"] else {}
                 data = {"dataset": dataset, **roots[dataset]} | ({"data_seed": seed} if settings["fresh"] else {})
-                parameters = {**data, **shared, **kept, **weights, **row.parameters, "seed": seed}
+                parameters = {**data, **shared, **kept, **given, **row.parameters, "seed": seed}
                 parameters |= _lengthened(parameters, row.passes)
                 folder = f"{results}/{row.name}-{seed}"
                 run = Run(folder, results, row.name, seed, parameters, test=settings["test"])
@@ -336,6 +337,7 @@ _Name = Annotated[str, Field(pattern=_NAME, max_length=100)]
 _Words = Annotated[list[_Name], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
 _Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
 _Count = Annotated[int, Field(ge=1, le=1000)]
+_Method = Literal["clip", "irra", "fmfa", "ivt"]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -351,7 +353,7 @@ class _Costs(BaseModel):
 
 
 class _Row(BaseModel, extra="allow"):
-    method: Literal["clip", "irra", "fmfa", "ivt"]
+    method: _Method
     core: bool = False
     passes: _Count = 1
     seeds: _Count | None = None
@@ -380,6 +382,7 @@ class _Scale(BaseModel, extra="forbid"):
     fresh: bool = False
     test: _Parameters = {}
     train: _Parameters = {}
+    methods: dict[_Method, _Parameters] = {}
     cross: _Cross = _Cross()
     gpu: Annotated[int, Field(ge=0)] = 0
 

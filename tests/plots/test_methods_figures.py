@@ -28,6 +28,18 @@ def test_every_box_and_arrow_is_drawn(parts):
     assert [text.get_text() for text in axis.texts] == [box[4] for box in parts[0]]
 
 
+def test_the_push_of_itc_on_each_negative():
+    cosine = torch.rand(6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    figure = methods.plot_negatives(cosine.detach(), (0.02, 0.5))
+    for line, temperature in zip(figure.axes[0].lines, (0.02, 0.5), strict=True):
+        loss = -(cosine / temperature).log_softmax(dim=1).diagonal().sum()
+        push = torch.autograd.grad(loss, cosine)[0]
+        rows = push[~torch.eye(len(push), dtype=torch.bool)].view(len(push), -1)
+        share = (rows / rows.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values.mean(dim=0).cumsum(dim=0)
+        assert line.get_ydata() == pytest.approx(share.numpy(), abs=1e-5)
+        assert line.get_label().endswith(f"hardest {share[0]:.0%}")
+
+
 def test_weights_are_drawn_over_the_rank():
     cosine = torch.tensor([[0.5, 0.6, 0.1], [0.0, 0.9, 0.1], [0.4, 0.3, 0.2]])
     line = methods.plot_asdm_by_rank(cosine).axes[0].lines[1]

@@ -122,6 +122,23 @@ def told_table(heading):
     return {first.split("`")[1] if "`" in first else first: rest for first, *rest in cells}
 
 
+def test_the_galleries_of_the_results_page_are_as_measured():
+    costs = pd.read_csv(COMMITTED.parent / "gallery.csv").pivot(index="figure", columns="pictures", values="value")
+    figures = {
+        "exact search": "exact, elapsed, median",
+        "the same where a filter leaves 1 %": "1 % by a filter, elapsed, median",
+        "approximate search": "approximate, elapsed, median",
+        "its recall@10": "approximate, recall@10",
+        "memory of searching": "exact, memory since the start",
+        "opening": "opening",
+        "building from given vectors, core time": "building, core time",
+        "its peak memory, mapped files included": "building, peak memory",
+    }
+    for name, cells in told_table("## Galleries").items():
+        told = [float(cell.split()[0].replace(",", "")) for cell in cells]
+        assert told == pytest.approx(costs.loc[figures[name], [1_000_000, 10_000_000]].tolist(), rel=0.02), name
+
+
 def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
