@@ -94,6 +94,7 @@ def test_the_wide_scale_trains_on_other_people_for_each_seed_and_tests_on_the_sa
     assert len(wide.runs) == 5 * len({run.row for run in wide.runs})
     for run in wide.runs:
         assert run.parameters["augmentation"] == ("full" if run.row.endswith("augmented") else "none")
+        assert run.parameters.get("learning_rate") == (0.002 if run.parameters["method"] == "clip" else None)
         assert run.data == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": run.seed}
         assert run.tested == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": 0}
     steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2", "-3", "-4")]
