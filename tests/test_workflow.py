@@ -71,7 +71,7 @@ def test_the_rows_that_a_scale_names_keep_their_epochs():
 def test_rows_that_differ_in_name_differ_in_parameters():
     found = {}
     for row in expand_rows(DEFINITION["rows"]).values():
-        same = found.setdefault(json.dumps(row.parameters, sort_keys=True), row.name)
+        same = found.setdefault(json.dumps([row.parameters, row.passes], sort_keys=True), row.name)
         assert same == row.name, f"{row.name} trains the same as {same}"
 
 
@@ -98,7 +98,7 @@ def test_the_wide_scale_trains_on_other_people_for_each_seed_and_tests_on_the_sa
         assert run.data == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": run.seed}
         assert run.tested == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": 0}
     steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2", "-3", "-4")]
-    assert sorted(wide.data) == steps
+    assert sorted(step for step in wide.data if "street" in step) == steps
     assert [wide.data[step]["data_seed"] for step in steps] == [0, 1, 2, 3, 4]
 
 

@@ -40,7 +40,7 @@ class Dataset:
     """A data set as one table.
 
     Attributes:
-        name: "CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station", or the user's own.
+        name: "CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street" (or "-station", "-night"), or the user's own.
         images: folder that the paths in the table start from.
         table: one row per caption, the captions of an image adjacent and in file order. Columns: `image` (posix
             path relative to `images`), `identity` (int64, as in the file: what evaluation compares), `label`

@@ -40,7 +40,7 @@ def open_dataset(
     """Open a data set.
 
     Args:
-        name: `SimPEDES-street` or `SimPEDES-station`, one of the three real sets, or a name of your own; see
+        name: `SimPEDES-street`, `-station` or `-night`, one of the three real sets, or a name of your own; see
             `which_dataset`.
         root: its folder or annotation file. SimPEDES without one lies under `data/simpedes/`, and is written
             there on first use.

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import models, trainers
 
 from fmfa.pretraining.stream import web_pair
-from fmfa.simpedes.generate import DOMAINS, pictures, recipe
+from fmfa.simpedes.generate import pictures, recipe
 from fmfa.text.bytepair import (
     _WORDS,
     END,
@@ -25,8 +25,8 @@ from fmfa.text.bytepair import (
 
 
 def vocabulary_corpus() -> Iterator[str]:
-    """Yield captions of training identities of both domains and alt-texts of the stream."""
-    for domain in DOMAINS:
+    """Yield captions of training identities of the domains with sentences, and alt-texts of the stream."""
+    for domain in ("street", "station"):
         for record, _, _ in pictures(recipe("standard", domain, images=2), "train", 0, 240):
             yield from (caption["text"] for caption in record["captions"])
     for index in range(4000):

@@ -36,11 +36,13 @@ class Style:
     vague: float
     mistake: float  # chance that a phrase tells something false
     long_forms: float  # chance of wordy constructions
+    notes: bool = False  # key words in a fixed order, as in a report, instead of sentences
 
 
 STYLES = {
     "street": Style(mention=0.95, detail=0.8, extra=0.35, vague=0.06, mistake=0.02, long_forms=0.25),
     "station": Style(mention=0.98, detail=0.93, extra=0.75, vague=0.04, mistake=0.02, long_forms=0.7),
+    "night": Style(mention=0.95, detail=0.7, extra=0.4, vague=0.12, mistake=0.03, long_forms=0.0, notes=True),
 }
 
 
@@ -229,6 +231,8 @@ class _Annotator:
         subject = self._subject()
         hair = self._hair() if self._sees("hair") and self._chance(self.style.detail) else None
         worn, carried = self._worn(), self._carried()
+        if self.style.notes:
+            return self._notes(subject, hair, [phrase for _, phrase in worn], [phrase for _, phrase, _ in carried])
         later = worn[3:] if len(worn) > 3 and self._chance(0.6) else []
         first = worn[: len(worn) - len(later)]
         text.say(self._one_of("", "", "the ")).noun(subject, bare=text.length() > 0)
@@ -271,6 +275,18 @@ class _Annotator:
             self._remark(text)
         if text.words() < 12:
             text.say(self._one_of("nothing else about the picture stands out", "the rest is hard to make out")).stop()
+        return text.caption()
+
+    def _notes(self, subject: Phrase, hair: Phrase | None, worn: list[Phrase], carried: list[Phrase]) -> Caption:
+        text = _Text()
+        for title, phrases in (("", [subject, hair]), ("wearing: ", worn), ("carrying: ", carried)):
+            named = [phrase for phrase in phrases if phrase]
+            for k, phrase in enumerate(named):
+                text.say(", " if k else title).noun(phrase, bare=True)
+            if named:
+                text.stop()
+        if self._chance(self.style.extra):
+            text.say("view: " + ("front" if self.front else "back" if self.back else "side")).stop()
         return text.caption()
 
     def _predicate(self, hair: Phrase) -> Phrase:

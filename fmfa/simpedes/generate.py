@@ -57,7 +57,7 @@ class Recipe:
         ConfigError: a value outside its range.
     """
 
-    domain: Literal["street", "station"] = setting("street", "where people are photographed")
+    domain: Literal["street", "station", "night"] = setting("street", "where people are photographed")
     seed: int = setting(0, "of everything that is drawn", ge=0)
     train: int = setting(700, "identities", ge=0)
     val: int = setting(100, "identities", ge=0)

@@ -263,7 +263,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(name: str) -> str:
-    if name in ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station"):
+    if name in ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "SimPEDES-street", "SimPEDES-station", "SimPEDES-night"):
         return name
     from fmfa.data.annotations import canonical_name
 

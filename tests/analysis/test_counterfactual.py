@@ -54,7 +54,7 @@ def found(data):
 # --- what is changed
 
 
-@pytest.mark.parametrize("domain", ["street", "station"])
+@pytest.mark.parametrize("domain", ["street", "station", "night"])
 def test_an_unchanged_picture_is_the_stored_one_bit_by_bit(tmp_path, domain):
     counts = {"train": 0, "val": 0, "test": 8}
     sizes = {"height": 128, "width": 48} if domain == "station" else {}
