@@ -84,7 +84,8 @@ def hierarchical_interval(
     sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64), identity)
     seed_means = sums.sum(axis=1) / counts.sum()
     means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
-    return interval_over_seeds(means, seed_means, LEVEL)
+    error = stats.sem(seed_means) if len(seed_means) > 1 else 0.0
+    return _interval_over_seeds(means, float(seed_means.mean()), error, len(seed_means) - 1, LEVEL)
 
 
 def further_run(values: np.ndarray) -> tuple[float, float]:
@@ -159,13 +160,11 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.G
     return result.bootstrap_distribution
 
 
-def interval_over_seeds(means: np.ndarray, seed_means: np.ndarray, level: float) -> Interval:
-    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t if there are several.
+def _interval_over_seeds(means: np.ndarray, estimate: float, error: float, freedom: int, level: float) -> Interval:
+    """Interval of a mean over seeds: identity-resampled `means` [R], with the seeds' t if they have an error.
 
     Its ends are quantiles of the mixture of R t distributions, one around each of the means.
     """
-    estimate, freedom = float(seed_means.mean()), len(seed_means) - 1
-    error = stats.sem(seed_means) if freedom else 0.0
     if not error > 0 or np.isnan(means).any():
         return Interval(estimate, *_quantiles(means, level))
     tail = (1 - level) / 2
@@ -178,6 +177,20 @@ def interval_over_seeds(means: np.ndarray, seed_means: np.ndarray, level: float)
 
     low, high = (float(optimize.brentq(excess, *around, args=(share,))) for share in (tail, 1 - tail))
     return Interval(estimate, low, high)
+
+
+def _seeds_error(seed_means: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
+    """Standard error by seeds of a weighted sum of R rows, and its degrees of freedom, from their seed means [R, S].
+
+    Rows and seeds are a two-way layout: what is left of a mean without its row's and its seed's part is the noise, and
+    all rows tell how large it is, (R - 1) (S - 1) times. Of two rows it is that of the paired t test. Where rows
+    scatter unequally it is right on average over rows of equal weight.
+    """
+    rows, seeds = seed_means.shape
+    if not (freedom := (rows - 1) * (seeds - 1)):
+        return 0.0, 0
+    left = seed_means - seed_means.mean(axis=1, keepdims=True) - seed_means.mean(axis=0) + seed_means.mean()
+    return float(np.sqrt((left**2).sum() / freedom * (weights**2).sum() / seeds)), freedom
 
 
 def sign_flip_test(sums: np.ndarray, generator: np.random.Generator, resamples: int) -> float:
@@ -224,7 +237,8 @@ class RowComparison:
         identities: number of identities that were compared.
         queries: number of queries that were compared.
         means: the difference in bootstrap samples of the identities, averaged over seeds, [R].
-        seed_means: the difference of each seed, [S].
+        error: standard error of the difference by seeds; 0 with one seed.
+        freedom: its degrees of freedom.
         permute: the permutation test behind `p_networks`.
     """
 
@@ -235,7 +249,8 @@ class RowComparison:
     identities: int
     queries: int
     means: np.ndarray = field(repr=False, compare=False)
-    seed_means: np.ndarray = field(repr=False, compare=False)
+    error: float
+    freedom: int
     permute: Callable[[], float] = field(repr=False, compare=False)
 
     @cached_property
@@ -245,7 +260,7 @@ class RowComparison:
 
     def interval(self, level: float) -> Interval:
         """The difference with its interval over seeds and identities at another confidence level."""
-        return interval_over_seeds(self.means, self.seed_means, level)
+        return _interval_over_seeds(self.means, self.difference.estimate, self.error, self.freedom, level)
 
     def equivalence(self, margin: float) -> float:
         """The larger p value of two one-sided tests that the difference is at least `margin` in size (Schuirmann 1987).
@@ -253,7 +268,7 @@ class RowComparison:
         Below 5 % the 90 % interval lies within -margin and margin. NaN with one identity.
         """
         resamples = len(self.means)
-        outside = _share_above(self.means, self.seed_means, margin), _share_above(-self.means, -self.seed_means, margin)
+        outside = (_share_above(side, self.error, self.freedom, margin) for side in (self.means, -self.means))
         return (max(outside) * resamples + 1) / (resamples + 1)
 
 
@@ -265,7 +280,7 @@ def compare_rows(
     *,
     resamples: int = RESAMPLES,
 ) -> RowComparison:
-    """Compare two rows of a study over training seeds and identities, on the same queries.
+    """Compare two rows of a study, or means of rows, over training seeds and identities, on the same queries.
 
     Two null hypotheses are tested, and they are not the same.
 
@@ -274,16 +289,18 @@ def compare_rows(
     Student's t over seeds): twice its smaller share beyond zero, so that it is below 5 % just where the 95 %
     interval leaves zero out. Where seeds differ much it is the t test of the seeds'
     mean differences; where they differ little and are few it is conservative, as tests of the Behrens-Fisher kind
-    are. A pure permutation of seeds could not reach 5 % with fewer than six.
+    are. With several rows on a side, all rows tell the seeds' error (`_seeds_error`). A pure permutation of seeds
+    could not reach 5 % with fewer than six.
 
     `p_networks`: *for each identity it does not matter which row gave which result*, of the networks that were
     trained: the signs of the identities' differences, averaged over seeds, are flipped. It knows nothing of seeds and
     rejects far too often when it is read as a statement on further trainings.
 
     Args:
-        first: float [S, Q], one row's values, one line per seed; a query with NaN anywhere is left out.
-        second: float [S, Q], the other's with the same seeds in the same order. Either may be [1, Q], for a reference
-            without seeds such as zero-shot.
+        first: float [S, Q], one row's values, one line per seed; a query with NaN anywhere is left out. Or [R, S, Q],
+            several rows, of which the mean is taken.
+        second: the other's with the same seeds in the same order. Either may be [1, Q], for a reference without seeds
+            such as zero-shot.
         identity: integers [Q].
         generator: source of the bootstrap, then of the permutations.
         resamples: bootstrap samples; five times as many permutations.
@@ -291,37 +308,38 @@ def compare_rows(
     Raises:
         ValueError: shapes do not fit, or no value is left.
     """
-    first, second = (np.asarray(side, dtype=np.float64) for side in (first, second))
-    if first.ndim != 2 or second.ndim != 2 or len({len(first), len(second)} - {1}) > 1:
-        raise ValueError(f"Found rows of shapes {first.shape} and {second.shape}; expected [S, Q] with the same seeds.")
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"The rows answered {first.shape[1]} and {second.shape[1]} queries, not the same ones.")
-    sums, counts = sums_by_identity(first - second, identity)
-    seed_means, average = sums.sum(axis=1) / counts.sum(), sums.mean(axis=0)
+    sides = [np.asarray(side, dtype=np.float64) for side in (first, second)]
+    sides = [side[None] if side.ndim == 2 else side for side in sides]
+    seeds, answered = ({side.shape[axis] for side in sides} for axis in (-2, -1))
+    if {side.ndim for side in sides} != {3} or len(seeds - {1}) > 1:
+        shapes = " and ".join(str(np.shape(side)) for side in (first, second))
+        raise ValueError(f"Found rows of shapes {shapes}; expected [S, Q] or [R, S, Q] with the same seeds.")
+    if len(answered) > 1:
+        raise ValueError(f"The rows answered {sides[0].shape[2]} and {sides[1].shape[2]} queries, not the same ones.")
+    weights = np.concatenate([np.full(len(side), sign / len(side)) for side, sign in zip(sides, (1, -1))])
+    rows = np.concatenate([np.broadcast_to(side, (len(side), max(seeds), *answered)) for side in sides])
+    differences = sides[0].mean(axis=0) - sides[1].mean(axis=0)
+    sums, counts = sums_by_identity(differences, identity)
+    average = sums.mean(axis=0)
     means = resampled_means(average, counts, generator, resamples)
+    error, freedom = _seeds_error(rows[..., ~np.isnan(differences).any(axis=0)].mean(axis=2), weights)
+    estimate = float((sums.sum(axis=1) / counts.sum()).mean())
+    above = _share_above(means, error, freedom)
     return RowComparison(
-        difference=interval_over_seeds(means, seed_means, LEVEL),
-        p_value=_p_over_seeds(means, seed_means),
+        difference=_interval_over_seeds(means, estimate, error, freedom, LEVEL),
+        p_value=float(2 * min(above, 1 - above)) if len(sums) > 1 else np.nan,
         effect_size=paired_effect_size(average / counts),
         seeds=len(sums),
         identities=len(counts),
         queries=int(counts.sum()),
         means=means,
-        seed_means=seed_means,
+        error=error,
+        freedom=freedom,
         permute=partial(sign_flip_test, average, generator, 5 * resamples),
     )
 
 
-def _p_over_seeds(means: np.ndarray, seed_means: np.ndarray) -> float:
-    """Twice the smaller share beyond zero of `means` plus the seeds' t."""
-    if len(seed_means) == 1:
-        return np.nan
-    above = _share_above(means, seed_means)
-    return float(2 * min(above, 1 - above))
-
-
-def _share_above(means: np.ndarray, seed_means: np.ndarray, bound: float = 0.0) -> float:
-    """Share above a bound of `means` [R] plus the seeds' t, if there are several; half of what lies on it counts."""
-    error = stats.sem(seed_means) if len(seed_means) > 1 else 0.0
+def _share_above(means: np.ndarray, error: float, freedom: int, bound: float = 0.0) -> float:
+    """Share above a bound of `means` [R] plus the seeds' t, if they have an error; half of what lies on it counts."""
     beyond = means - bound
-    return (stats.t.cdf(beyond / error, len(seed_means) - 1) if error > 0 else (np.sign(beyond) + 1) / 2).mean()
+    return (stats.t.cdf(beyond / error, freedom) if error > 0 else (np.sign(beyond) + 1) / 2).mean()

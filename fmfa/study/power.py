@@ -31,9 +31,9 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     pairs = {(claim["row"], claim["minus"]) for claim in compared}
     for row, minus in sorted(pair for pair in pairs if set(pair) <= set(rows.runs)):
         sides = rows.pair(row, minus)
-        if sides is None or len(sides[0]) < 2:
+        if sides is None or sides[0].shape[1] < 2:
             continue
-        differences = sides[0] - sides[1]
+        differences = sides[0][0] - sides[1][0]
         found = variance_components(differences, rows.identity)
         freedom, spread = len(differences) - 1, np.nanmean(differences, axis=1).std(ddof=1)
         low, high = np.sqrt(freedom / stats.chi2.ppf([0.975, 0.025], freedom)) * spread

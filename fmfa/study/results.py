@@ -553,17 +553,17 @@ class Rows:
         return hierarchical_interval(self.values(row, metric), self.identity, np.random.default_rng(seed))
 
     def pair(self, first: Hashable, second: Hashable, metric: str = "R@1") -> tuple[np.ndarray, np.ndarray] | None:
-        """Values of two rows for the seeds that both have; None where a row was not run or no seed is shared.
+        """Values [R, S, Q] of two rows for the seeds that both have; None where one was not run or no seed is shared.
 
-        Several names in one text, "asdm, fmfa", are the mean of these rows: the main effect of a factorial design.
+        Several names in one text, "asdm, fmfa", are several rows: the main effect of a factorial design.
         """
         sides = [side.split(", ") if isinstance(side, str) else [side] for side in (first, second)]
         if not {*sides[0], *sides[1]} <= set(self.names):
             return None
         trained = [set(self.runs[row]) for row in (*sides[0], *sides[1]) if row in self.runs]
         shared = set.intersection(*trained) if trained else set()
-        means = [np.mean([self._shared(row, shared, metric) for row in side], axis=0) for side in sides]
-        return (means[0], means[1]) if len(means[0]) and len(means[1]) else None
+        values = [np.stack([self._shared(row, shared, metric) for row in side]) for side in sides]
+        return (values[0], values[1]) if values[0].shape[1] and values[1].shape[1] else None
 
     def _shared(self, row: Hashable, seeds: set[int], metric: str) -> np.ndarray:
         kept = [seed in seeds for seed in sorted(self.runs[row])] if row in self.runs else [True]

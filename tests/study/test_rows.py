@@ -1,7 +1,11 @@
 """Two rows over seeds and identities: false positives, power, and the components of variance."""
 
+from dataclasses import astuple
+
 import numpy as np
+import pandas as pd
 import pytest
+from statsmodels.formula.api import ols
 from statsmodels.stats.power import TTestPower
 
 from fmfa.evaluation.power import Components, power, seeds_needed, smallest_difference, variance_components
@@ -43,6 +47,31 @@ def test_without_seed_effects_the_test_keeps_its_level():
     over_seeds, networks = rejections(SEEDS_DO_NOT, 3)
     assert over_seeds < 0.112
     assert networks < 0.2
+
+
+@pytest.mark.parametrize("spreads", [(0.14, 0.14, 0.14, 0.14), (0.05, 0.2, 0.2, 0.05), (0.05, 0.05, 0.05, 0.26)])
+def test_a_main_effect_keeps_its_level_where_rows_scatter_unequally(spreads):
+    rng, found = np.random.default_rng(4), []
+    noise = Components(seed=0, identity=0.05, query=0.02, seed_identity=0.02, seed_query=0.1)
+    for _ in range(RUNS):
+        shared = rng.normal(0, 0.2, (3, 1))  # what a seed does to all rows alike
+        rows = [differences(rng, noise, 3) + shared + rng.normal(0, spread, (3, 1)) for spread in spreads]
+        found.append(compare_rows(np.stack(rows[:2]), np.stack(rows[2:]), IDENTITY, rng, resamples=200).p_value <= 0.05)
+    assert 0.005 < np.mean(found) < 0.112
+
+
+def test_the_error_of_a_main_effect_is_that_of_the_two_way_layout():
+    values = np.random.default_rng(0).normal(0, 1, (4, 5, 1))  # rows, seeds and one query
+    found = compare_rows(values[:3], values[3:], np.zeros(1), np.random.default_rng(0))
+    table = pd.DataFrame(
+        [(row, seed, values[row, seed, 0]) for row in range(4) for seed in range(5)], columns=list("rsy")
+    )
+    fitted = ols("y ~ C(r) - 1 + C(s)", table).fit()
+    tested = fitted.t_test(np.array([1 / 3, 1 / 3, 1 / 3, -1, *[0] * (len(fitted.params) - 4)]))
+    assert (found.error, found.freedom) == (pytest.approx(float(tested.sd.squeeze())), fitted.df_resid)
+    pair = compare_rows(values[0], values[1], np.zeros(1), np.random.default_rng(0))
+    assert pair.error == pytest.approx((values[0] - values[1]).std(ddof=1) / 5**0.5)
+    assert pair.freedom == 4
 
 
 @pytest.mark.parametrize(("components", "seeds"), [(SEEDS_MATTER, 3), (SEEDS_MATTER, 5), (SEEDS_DO_NOT, 4)])
@@ -98,7 +127,8 @@ def test_a_comparison_of_rows_is_the_interval_and_the_test_of_its_parts():
     rng = np.random.default_rng(1)
     first, second = (differences(rng, SEEDS_MATTER, 3, mean) for mean in (0.3, 0.0))
     found = compare_rows(first, second, IDENTITY, np.random.default_rng(7))
-    assert found.difference == hierarchical_interval(first - second, IDENTITY, np.random.default_rng(7))
+    expected = hierarchical_interval(first - second, IDENTITY, np.random.default_rng(7))
+    assert astuple(found.difference) == pytest.approx(astuple(expected))
     networks = compare_rows(first.mean(0)[None], second.mean(0)[None], IDENTITY, np.random.default_rng(7))
     assert found.effect_size == pytest.approx(networks.effect_size)
     assert found.p_networks == pytest.approx(networks.p_networks, abs=0.01)
