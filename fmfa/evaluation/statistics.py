@@ -310,14 +310,14 @@ def compare_rows(
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (first, second)]
     sides = [side[None] if side.ndim == 2 else side for side in sides]
-    seeds, answered = ({side.shape[axis] for side in sides} for axis in (-2, -1))
-    if {side.ndim for side in sides} != {3} or len(seeds - {1}) > 1:
+    if {side.ndim for side in sides} != {3} or len(seeds := {side.shape[1] for side in sides} - {1}) > 1:
         shapes = " and ".join(str(np.shape(side)) for side in (first, second))
         raise ValueError(f"Found rows of shapes {shapes}; expected [S, Q] or [R, S, Q] with the same seeds.")
-    if len(answered) > 1:
+    if sides[0].shape[2] != sides[1].shape[2]:
         raise ValueError(f"The rows answered {sides[0].shape[2]} and {sides[1].shape[2]} queries, not the same ones.")
     weights = np.concatenate([np.full(len(side), sign / len(side)) for side, sign in zip(sides, (1, -1))])
-    rows = np.concatenate([np.broadcast_to(side, (len(side), max(seeds), *answered)) for side in sides])
+    shape = max(seeds, default=1), sides[0].shape[2]
+    rows = np.concatenate([np.broadcast_to(side, (len(side), *shape)) for side in sides])
     differences = sides[0].mean(axis=0) - sides[1].mean(axis=0)
     sums, counts = sums_by_identity(differences, identity)
     average = sums.mean(axis=0)

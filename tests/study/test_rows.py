@@ -156,5 +156,7 @@ def test_rows_of_different_shapes_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="with the same seeds"):
         compare_rows(np.ones((2, 4)), np.ones((3, 4)), np.arange(4), rng)
+    with pytest.raises(ValueError, match=r"shapes \(4,\) and \(2, 4\); expected"):
+        compare_rows(np.ones(4), np.ones((2, 4)), np.arange(4), rng)
     with pytest.raises(ValueError, match="answered 4 and 5 queries"):
         compare_rows(np.ones((2, 4)), np.ones((2, 5)), np.arange(4), rng)
