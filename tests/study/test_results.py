@@ -139,22 +139,34 @@ def test_the_galleries_of_the_results_page_are_as_measured():
         assert told == pytest.approx(costs.loc[figures[name], [1_000_000, 10_000_000]].tolist(), rel=0.02), name
 
 
+def as_told(claims, told):
+    for line in claims[claims["seeds"] > 0].to_dict("records"):
+        measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+        assert told[line["claim"]] == [f"{line['row']} - {line['minus']}", measured, line["verdict"]]
+
+
+@pytest.mark.parametrize(
+    ("scale", "heading"), [("wide", "## Many people, seen once"), ("wide-station", "### The same on `station`")]
+)
+def test_the_results_page_tells_what_many_people_show(scale, heading):
+    results, told = read_results(COMMITTED.parent / scale), told_table(heading)
+    levels = readable(seeds_table(results)).set_index("row")
+    assert {row: told[row] for row in levels.index} == {
+        row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index
+    }
+    for kind in ("claims", "recipes"):
+        as_told(claims_table(results, kind=kind), told)
+
+
 def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
     levels = readable(seeds_table(committed())).set_index("row")
     told = {row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index}
     assert told_table("## Levels") == told
-    wide = readable(seeds_table(read_results(COMMITTED.parent / "wide"))).set_index("row")
-    assert {row: told_table("## Many people, seen once")[row] for row in wide.index} == {
-        row: list(wide.loc[row, ["seeds", *METRICS]]) for row in wide.index
-    }
     kinds = ("claims", "parts", "controls", "oracles", "recipes", "forms")
     claims = pd.concat([claims_table(committed(), kind=kind) for kind in kinds])
-    claims = claims[claims["seeds"] > 0]
     told = told_table("## Claims")
-    assert set(told) == set(claims["claim"])
-    for line in claims.to_dict("records"):
-        measured = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
-        assert told[line["claim"]] == [f"{line['row']} - {line['minus']}", measured, line["verdict"]]
+    assert set(told) == set(claims.loc[claims["seeds"] > 0, "claim"])
+    as_told(claims, told)
     domains = cross_domain_table([committed(), read_results(COMMITTED.parent / "station")])
     told = told_table("## Another domain")
     assert len(told) == len(domains) / 2 == 8
