@@ -322,7 +322,7 @@ def test_the_plan_counts_jobs_and_is_told_in_minutes_or_hours(tmp_path, monkeypa
         assert re.search(told, capsys.readouterr().out)
     assert not (tmp_path / "runs").exists()
     assert main(["plan", "scale=paper", f"folders=RSTPReid={tmp_path}", "datasets=RSTPReid"]) == 0
-    assert "Without 42 trainings" in capsys.readouterr().out
+    assert "Without 45 trainings" in capsys.readouterr().out
 
 
 # The workflow
