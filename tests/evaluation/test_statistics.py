@@ -1,7 +1,16 @@
+from itertools import product
+
 import numpy as np
 import pytest
 
-from fmfa.evaluation.statistics import bootstrap_interval, compare_rows, hierarchical_interval, holm, holm_levels
+from fmfa.evaluation.statistics import (
+    bootstrap_interval,
+    compare_rows,
+    hierarchical_interval,
+    holm,
+    holm_levels,
+    sign_flip_test,
+)
 
 # Limits are 4 standard errors of the simulated rate around what theory allows, so a right
 # implementation practically never fails, and one that takes queries for independent does.
@@ -97,6 +106,14 @@ def test_permutation_test_of_few_identities():
     assert (found.identities, found.queries) == (4, 5)
     assert found.difference.estimate == pytest.approx(1.2)
     assert found.effect_size == pytest.approx(1.25 / 0.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sign_flip_test_agrees_with_all_sign_patterns(seed):
+    sums = np.random.default_rng(seed).normal(0.3, 1, 10)
+    patterns = np.array(list(product((-1, 1), repeat=10)))
+    exact = np.mean(np.abs(patterns @ sums) >= abs(sums.sum()) - 1e-9)
+    assert sign_flip_test(sums, np.random.default_rng(0), 10_000) == pytest.approx(exact, abs=0.025)
 
 
 def test_permutation_test_finds_a_difference_and_its_sign():
