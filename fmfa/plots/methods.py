@@ -94,9 +94,10 @@ def plot_negatives(similarity: Tensor, temperatures: Sequence[float] = (0.01, 0.
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for temperature, marker in zip(temperatures, "^osDvP", strict=False):
         share = (others / temperature).softmax(dim=1).sort(dim=1, descending=True).values.mean(dim=0).cumsum(dim=0)
-        label = f"temperature {temperature:g}: hardest {share[0]:.0%}"
-        axis.plot(range(1, len(share) + 1), share.numpy(), marker, linestyle="-", markersize=4, label=label)
-    axis.set(xlabel="hardest negatives of a caption", ylabel="share of the push", xscale="log", ylim=(0, 1.03))
+        label = f"temperature {temperature:g}: {share[0]:.0%} on the hardest"
+        axis.plot(range(1, len(share) + 1), share.numpy(), f"{marker}-", markersize=4, markevery=range(10), label=label)
+    axis.set(xlabel=f"number of hardest negatives, of {len(others[0])}", xscale="log", ylim=(0, 1.03))
+    axis.set_ylabel(f"share of the push on them,\nmean of {len(others)} captions")
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick < 2 * len(others[0])]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     figure.legend(loc="outside right upper")

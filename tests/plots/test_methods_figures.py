@@ -37,7 +37,7 @@ def test_the_push_of_itc_on_each_negative():
         rows = push[~torch.eye(len(push), dtype=torch.bool)].view(len(push), -1)
         share = (rows / rows.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values.mean(dim=0).cumsum(dim=0)
         assert line.get_ydata() == pytest.approx(share.numpy(), abs=1e-5)
-        assert line.get_label().endswith(f"hardest {share[0]:.0%}")
+        assert line.get_label().endswith(f" {share[0]:.0%} on the hardest")
 
 
 def test_weights_are_drawn_over_the_rank():
