@@ -47,15 +47,11 @@ def plot_counts(dataset: Dataset) -> Figure:
     captions = table.groupby(["split", "image"], observed=True).size().rename("captions per image")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, counts in zip(axes, (images, captions), strict=True):
-        share = counts.groupby("split", observed=True).value_counts(normalize=True).mul(100).rename("share")
-        sns.barplot(
-            share.reset_index(),
-            x=counts.name,
-            y="share",
-            hue="split",
-            hue_order=dataset.table["split"].unique(),
-            ax=axis,
-        )
+        parts = counts.groupby("split", observed=True, sort=False)
+        share = parts.value_counts(normalize=True).mul(100).rename("share").reset_index()
+        named = {split: f"{split} (n = {number:,})" for split, number in parts.size().items()}
+        share["split"], order = share["split"].map(named), table["split"].drop_duplicates().map(named)
+        sns.barplot(share, x=counts.name, y="share", hue="split", hue_order=order, ax=axis)
         axis.set(ylabel="share within split (%)", ylim=(0, 105))
         sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1))
     return figure
