@@ -261,33 +261,43 @@ def make_loader(dataset: PairDataset, batches: EpochBatches, *, workers: int = 0
     )
 
 
-def shuffle_pairs(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Give every picture's captions to pictures of other people, by one random permutation.
+def draw_share(count: int, share: float, seed: int) -> np.ndarray:
+    """Draw a share of `count` rows at random: int64, ascending; all of them for a share of 1."""
+    drawn = np.random.default_rng([seed, count]).permutation(count)[: round(share * count)]
+    return np.sort(drawn)
+
+
+def shuffle_pairs(table: pd.DataFrame, rows: np.ndarray, seed: int) -> pd.DataFrame:
+    """Give captions to pictures of other people, by one random permutation.
 
     What belongs to a caption (its tokens, phrases and attributes) moves with it; pictures keep their identity. A model
-    trained on these pairs can learn nothing that holds, and must end no better than it started.
+    trained on such pairs alone can learn nothing that holds, and must end no better than it started. Some of them among
+    right ones are noisy correspondence (RDE, Qin et al., CVPR 2024).
 
     Args:
         table: one row per caption, as `Dataset.split` gives it.
+        rows: positions in `table` whose captions are exchanged; the others stay.
         seed: of the permutation.
 
     Raises:
-        ConfigError: more than half of the captions belong to one identity.
+        ConfigError: more than half of these captions belong to one identity.
     """
-    identity = table["identity"].to_numpy()
-    most = int(table["identity"].value_counts().max())
-    if 2 * most > len(table):
+    identity = table["identity"].to_numpy()[rows]
+    most = int(np.unique(identity, return_counts=True)[1].max(initial=0))
+    if 2 * most > len(rows):
         raise ConfigError(
-            f"{most} of {len(table)} training captions belong to one identity; shuffled pairs need pictures of other "
-            "people for all of them: train on more identities"
+            f"{most} of {len(rows)} training captions to shuffle belong to one identity; shuffled pairs need pictures "
+            "of other people for all of them: train on more identities"
         )
     generator = np.random.default_rng(seed)
-    source = generator.permutation(len(table))
-    for row in np.flatnonzero(identity[source] == identity):
-        if identity[source[row]] == identity[row]:
-            fits = (identity[source] != identity[row]) & (identity != identity[source[row]])
+    order = generator.permutation(len(rows))
+    for row in np.flatnonzero(identity[order] == identity):
+        if identity[order[row]] == identity[row]:
+            fits = (identity[order] != identity[row]) & (identity != identity[order[row]])
             other = generator.choice(np.flatnonzero(fits))
-            source[[row, other]] = source[[other, row]]
+            order[[row, other]] = order[[other, row]]
+    source = np.arange(len(table))
+    source[rows] = rows[order]
     moved = [column for column in table if column not in OF_THE_PICTURE]
     return table.assign(**{column: table[column].to_numpy()[source] for column in moved})
 

@@ -26,6 +26,7 @@ _SPOKEN = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), EQ
            ONE_SEED: ("has one seed and no verdict", "have one seed and no verdict"),
            MISSING: ("was not run", "were not run")}  # fmt: skip
 AS_EXPECTED, UNEXPECTED = "as it must be", "not as it must be"
+AS_REAL, NOT_REAL = "as on real data", "not as on real data"
 _SIDES = {HOLDS: "above", FAILS: "below", EQUAL: "neither", OPEN: "neither"}
 
 
@@ -36,7 +37,8 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
         split: of the comparison.
         seed: of the bootstrap and the permutations.
         kind: "claims" of the papers, "parts" of those that average several comparisons, "controls" that must come
-            out, "oracles" that use the true part maps, "recipes" of training, or "forms", where paper and code differ.
+            out, "oracles" that use the true part maps, "recipes" of training, "forms", where paper and code differ, or
+            "known", differences that were measured on real data.
 
     Returns:
         One line per claim. `published` is the range of the paper's differences in R@1 (points, real data, one run each,
@@ -46,7 +48,7 @@ def claims_table(results: Results, split: str = "test", seed: int = 0, kind: str
         tests that the difference is `MARGIN` or more. `verdict` is "holds" or "does not hold" if `p (Holm)` is at most
         0.05, by the sign of the difference, else "equal within 1 point" if `p (equal)` is, else "open"; "one seed: no
         verdict", and "not run". `mAP difference` and `verdict by mAP` are the same of mAP. A control is "as it must
-        be", "not as it must be", or one of the last three.
+        be", "not as it must be", or one of the last three; a known answer "as on real data" or not, by its sign.
 
     Raises:
         ConfigError: two runs were evaluated on different queries, or no such kind.
@@ -115,10 +117,13 @@ class _Claim(BaseModel, extra="forbid"):
     paper: _Line = ""
     published: Annotated[list[str], Field(min_length=2, max_length=2)] = []  # two methods of published.csv
     expected: Literal["above", "below", "not above"] | None = None
+    real: float | None = None  # points of R@1 on CUHK-PEDES
+    source: _Line = ""
 
 
 def read_claims(kind: str = "claims") -> list[dict[str, Any]]:
-    """Read one kind of `data/claims.yml`: claim, row, minus and, where given, paper, published and expected.
+    """Read one kind of `data/claims.yml`: claim, row, minus and, where given, paper, published, expected, real
+    and source.
 
     Raises:
         ConfigError: no such kind, or the file is missing, not YAML, or holds something else than such claims.
@@ -140,6 +145,7 @@ def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None)
     line |= {name: claim[name] for name in ("claim", "row", "minus")}
     if "paper" in claim:
         line["published"] = _published(claim.get("published"))
+    line |= {"real data": claim["real"]} if "real" in claim else {}
     line |= difference_columns(compared)
     single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
     other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
@@ -174,6 +180,8 @@ def _verdicts(
             side = _SIDES[verdict]
             right = side == claim["expected"] or (claim["expected"] == "not above" and side != "above")
             verdict = AS_EXPECTED if right else UNEXPECTED if verdict in (HOLDS, FAILS) else OPEN
+        elif "real" in claim and verdict in (HOLDS, FAILS):
+            verdict = AS_REAL if (verdict == HOLDS) == (claim["real"] > 0) else NOT_REAL
         verdicts.append(verdict)
     return verdicts
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from fmfa.data.annotations import Dataset
 from fmfa.data.images import ImageTransform, fmfa_evaluation, fmfa_training, ivt_evaluation, ivt_training
-from fmfa.data.pairs import PairDataset, make_loader, shuffle_pairs
+from fmfa.data.pairs import PairDataset, draw_share, make_loader, shuffle_pairs
 from fmfa.data.part_maps import PartMaps
 from fmfa.data.sampling import EpochBatches, IdentityBatches, RandomBatches
 from fmfa.text.bytepair import Tokenizer
@@ -80,7 +80,7 @@ class TableBatches:
 
 
 def training_table(config: TrainConfig, dataset: Dataset) -> pd.DataFrame:
-    """The training captions as a configuration reads them: with their true phrases as `spans`, or shuffled.
+    """The training captions as a configuration reads them: with their true phrases as `spans`, shuffled, or some dropped.
 
     Raises:
         AnnotationError: no split "train", or `spans` of data without truth.
@@ -89,7 +89,12 @@ def training_table(config: TrainConfig, dataset: Dataset) -> pd.DataFrame:
     if config.text_levels == "spans":
         captions = dataset.require_truth().of_captions("train", table)
         table = table.assign(spans=[[(p["start"], p["end"]) for p in phrases] for phrases in captions])
-    return shuffle_pairs(table, config.seed) if config.pairs == "shuffled" else table
+    if config.pairs == "true":
+        return table
+    wrong = draw_share(len(table), config.wrong_share, config.seed)
+    if config.pairs == "shuffled":
+        return shuffle_pairs(table, wrong, config.seed)
+    return table.drop(wrong).reset_index(drop=True)
 
 
 def training_transform(config: TrainConfig) -> ImageTransform:

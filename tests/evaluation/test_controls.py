@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from toy_training import TOKENIZER, write_pairs
 
 from fmfa.data.annotations import Dataset
-from fmfa.data.pairs import shuffle_pairs
+from fmfa.data.pairs import draw_share, shuffle_pairs
 from fmfa.errors import ConfigError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of, shuffle_captions
 from fmfa.evaluation.statistics import bootstrap_interval
 from fmfa.losses import matching as losses
 from fmfa.study.results import save_evaluation
-from fmfa.training.batches import TableBatches
+from fmfa.training.batches import TableBatches, training_table
 from fmfa.training.config import TrainConfig
 
 
@@ -45,9 +45,9 @@ def test_every_caption_goes_to_a_picture_of_another_person(identities, seed):
     table = captions_of(np.array(identities))
     if 2 * table["identity"].value_counts().max() > len(table):
         with pytest.raises(ConfigError, match="belong to one identity"):
-            shuffle_pairs(table, seed)
+            shuffle_pairs(table, np.arange(len(table)), seed)
         return
-    shuffled = shuffle_pairs(table, seed)
+    shuffled = shuffle_pairs(table, np.arange(len(table)), seed)
     source = shuffled["caption"].str.removeprefix("caption ").astype(int).to_numpy()
     assert sorted(source) == list(range(len(table)))
     assert (table["identity"].to_numpy()[source] != shuffled["identity"]).all()
@@ -55,16 +55,37 @@ def test_every_caption_goes_to_a_picture_of_another_person(identities, seed):
     kept = ["image", "identity", "label", "split", "record"]
     pd.testing.assert_frame_equal(shuffled[kept], table[kept])
     assert list(shuffled) == list(table)
-    pd.testing.assert_frame_equal(shuffle_pairs(table, seed), shuffled)
+    pd.testing.assert_frame_equal(shuffle_pairs(table, np.arange(len(table)), seed), shuffled)
 
 
 def test_the_permutation_is_random_and_leaves_no_pairing_of_people():
     table = captions_of(np.arange(800) // 8)
-    first, second = (shuffle_pairs(table, seed)["caption"].tolist() for seed in (0, 1))
+    first, second = (shuffle_pairs(table, np.arange(800), seed)["caption"].tolist() for seed in (0, 1))
     assert np.mean([a == b for a, b in zip(first, second)]) < 0.02
     source = np.array([int(caption.split()[1]) for caption in first]) // 8
     partners = [len(set(source[start : start + 8])) for start in range(0, 800, 8)]
     assert np.mean(partners) > 7  # eight captions of about eight other people
+
+
+def test_only_the_drawn_captions_are_exchanged():
+    table, rows = captions_of(np.arange(800) // 8), draw_share(800, 0.2, 3)
+    assert len(rows) == 160 and (np.diff(rows) > 0).all()
+    shuffled = shuffle_pairs(table, rows, 3)
+    changed = np.flatnonzero(shuffled["caption"] != table["caption"])
+    assert changed.tolist() == rows.tolist()
+    assert sorted(shuffled["caption"]) == sorted(table["caption"])
+    source = shuffled["caption"].str.removeprefix("caption ").astype(int).to_numpy() // 8
+    assert (source[rows] != table["identity"].to_numpy()[rows]).all()
+    assert draw_share(800, 0.2, 3).tolist() == rows.tolist() != draw_share(800, 0.2, 4).tolist()
+
+
+def test_dropped_pairs_are_those_that_would_be_shuffled(tmp_path):
+    dataset = write_pairs(tmp_path)
+    values = {"method": "clip", "dataset": "toy", "wrong_share": 0.5}
+    tables = {pairs: training_table(TrainConfig(**values, pairs=pairs), dataset) for pairs in ("true", "shuffled", "dropped")}
+    kept = tables["shuffled"]["caption"] == tables["true"]["caption"]
+    assert 0 < kept.sum() < len(kept)
+    pd.testing.assert_frame_equal(tables["dropped"], tables["true"][kept].reset_index(drop=True))
 
 
 def test_a_run_trains_on_the_shuffled_pairs(tmp_path):

@@ -417,7 +417,7 @@ def test_controls_and_oracles_get_theirs(results):
         claims_table(read_results(results), kind="wishes")
 
 
-@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "recipes"])
+@pytest.mark.parametrize("kind", ["claims", "parts", "controls", "oracles", "recipes", "forms", "known"])
 def test_the_definitions_of_claims_are_complete(kind):
     claims = read_claims(kind)
     assert len({(claim["row"], claim["minus"]) for claim in claims}) == len(claims)
