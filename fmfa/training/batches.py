@@ -80,7 +80,7 @@ class TableBatches:
 
 
 def training_table(config: TrainConfig, dataset: Dataset) -> pd.DataFrame:
-    """The training captions as a configuration reads them: with their true phrases as `spans`, shuffled, or some dropped.
+    """The training captions as a configuration reads them: with true phrases as `spans`, shuffled, or some dropped.
 
     Raises:
         AnnotationError: no split "train", or `spans` of data without truth.

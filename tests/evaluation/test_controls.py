@@ -69,7 +69,8 @@ def test_the_permutation_is_random_and_leaves_no_pairing_of_people():
 
 def test_only_the_drawn_captions_are_exchanged():
     table, rows = captions_of(np.arange(800) // 8), draw_share(800, 0.2, 3)
-    assert len(rows) == 160 and (np.diff(rows) > 0).all()
+    assert len(rows) == 160
+    assert (np.diff(rows) > 0).all()
     shuffled = shuffle_pairs(table, rows, 3)
     changed = np.flatnonzero(shuffled["caption"] != table["caption"])
     assert changed.tolist() == rows.tolist()
@@ -82,7 +83,8 @@ def test_only_the_drawn_captions_are_exchanged():
 def test_dropped_pairs_are_those_that_would_be_shuffled(tmp_path):
     dataset = write_pairs(tmp_path)
     values = {"method": "clip", "dataset": "toy", "wrong_share": 0.5}
-    tables = {pairs: training_table(TrainConfig(**values, pairs=pairs), dataset) for pairs in ("true", "shuffled", "dropped")}
+    configs = {pairs: TrainConfig(**values, pairs=pairs) for pairs in ("true", "shuffled", "dropped")}
+    tables = {pairs: training_table(config, dataset) for pairs, config in configs.items()}
     kept = tables["shuffled"]["caption"] == tables["true"]["caption"]
     assert 0 < kept.sum() < len(kept)
     pd.testing.assert_frame_equal(tables["dropped"], tables["true"][kept].reset_index(drop=True))
