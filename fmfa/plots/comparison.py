@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fmfa.errors import ConfigError
 from fmfa.study.claims import VERDICTS, seeds_in_words
+from fmfa.study.correlation import SEED_ON_REAL_DATA
 from fmfa.study.curves import OWN
 from fmfa.study.power import gains_of_fmfa, power_table
 from fmfa.study.results import Results, references
@@ -102,6 +103,32 @@ def plot_claims(table: pd.DataFrame, own: pd.DataFrame | None = None, name: str 
         axis.plot([], [], color="0.4", linewidth=1, label="corrected for the number of claims (Holm)")
     axis.set_xlabel(f"difference in R@1 (points), n = {seeds_in_words(run['seeds'])} per row")
     axis.set_ylim(len(run) - 0.4, -0.6)
+    _legend_below(figure)
+    return figure
+
+
+def plot_known(table: pd.DataFrame) -> Figure | None:
+    """Show the differences that are known from real data beside those measured here; None without any.
+
+    Args:
+        table: of `claims_table`, kind "known", without what was not run.
+    """
+    if table.empty:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 0.38 * len(table) + 1.5), layout="constrained")
+    places, here = np.arange(len(table)), table["R@1 difference"]
+    spread = 1.96 * np.sqrt(2) * SEED_ON_REAL_DATA
+    label = "CUHK-PEDES, one run each, within two runs' noise (published, not measured here)"
+    axis.errorbar(table["real data"], places - 0.14, xerr=spread, fmt="D", color="0.4", fillstyle="none", label=label)
+    errors = [here - table["low"], table["high"] - here]
+    label = f"rendered people, {seeds_in_words(table['seeds'])}, 95 % interval"
+    axis.errorbar(here, places + 0.14, xerr=errors, fmt="o", color="C0", label=label)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_xscale("symlog", linthresh=10)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_yticks(places, table["claim"], parse_math=False)
+    axis.invert_yaxis()
+    axis.set_xlabel("difference in R@1 (points; logarithmic beyond 10)")
     _legend_below(figure)
     return figure
 
