@@ -7,12 +7,11 @@ of its own. What is not listed, or is not as listed, is not read: an evaluation 
 """
 
 import argparse
-import gzip
 import hashlib
 import json
+import lzma
 import re
 import sys
-import zlib
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,7 +360,7 @@ def _joined(name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.csv{'.gz' * (name != 'runs')}"
+    return folder / f"{name}.csv{'.xz' * (name != 'runs')}"
 
 
 def _read_table(folder: Path, name: str) -> pd.DataFrame:
@@ -375,7 +374,7 @@ def _read_table(folder: Path, name: str) -> pd.DataFrame:
         if not all(isinstance(value, dict) for column in ("config", "point") for value in table.get(column, ())):
             raise ValueError("config and point must be JSON objects")
         table = table[[*_COLUMNS[name], *table.columns.drop(_COLUMNS[name])]]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise ConfigError(f"{path} is damaged ({error}); export the runs again, or restore it") from error
     return table.assign(image="") if name == "identities" else table
 
@@ -415,7 +414,7 @@ def references(results: Results, split: str) -> dict[str, dict[str, Level]]:
 
 
 def export_results(results: str | Path, target: str | Path) -> list[str]:
-    """Write what `read_results` reads of a folder of runs to one file per table: `runs.csv`, the others `NAME.csv.gz`.
+    """Write what `read_results` reads of a folder of runs to one file per table: `runs.csv`, the others `NAME.csv.xz`.
 
     A table without lines has no file. What `target` holds of other runs stays, so that results may come from
     several places. Queries become sums by identity (see `each_query`), of each starting weights only the first
@@ -455,7 +454,7 @@ def export_results(results: str | Path, target: str | Path) -> list[str]:
             table = table.assign(**{column: table[column].map(json.dumps) for column in _JSON if column in table})
             content = table.to_csv(index=False, float_format=_FORMATS.get(name)).encode()
             with whole_file(_file(target, name)) as temporary:
-                temporary.write_bytes(content if name == "runs" else gzip.compress(content, mtime=0))
+                temporary.write_bytes(content if name == "runs" else lzma.compress(content))
     return list(new.runs["run"])
 
 

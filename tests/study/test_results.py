@@ -442,7 +442,7 @@ def test_shuffled_captions_against_chance(results):
 def test_power_of_the_committed_results():
     table = components_table(committed())
     assert {("fmfa", "irra"), ("irra", "clip")} <= set(zip(table["row"], table["minus"], strict=True))
-    identities = pd.read_csv(COMMITTED / "identities.csv.gz")
+    identities = pd.read_csv(COMMITTED / "identities.csv.xz")
     own = identities[(identities["of"] == "run") & (identities["tested_on"] == identities["trained_on"])]
     sums = own.groupby(["row", "seed"])[["R@1", "queries"]].sum()
     shares = sums["R@1"] / sums["queries"]
@@ -610,7 +610,7 @@ def test_an_exported_folder_gives_the_same_tables(results, tmp_path):
     for _ in range(2):  # a second export replaces the first
         export_results(results, target)
     names = {"identities", "levels", "grounding"}  # nothing was logged, changed, or kept by epoch
-    assert {path.name for path in target.iterdir()} == {"runs.csv", *(f"{name}.csv.gz" for name in names)}
+    assert {path.name for path in target.iterdir()} == {"runs.csv", *(f"{name}.csv.xz" for name in names)}
     exported = read_results(target)
     assert pd.read_csv(target / "runs.csv", dtype=str)["best_epoch"].dropna().tolist() == ["4"]
     assert len(exported.queries("test", "zero-shot")) == 1
@@ -727,7 +727,7 @@ def test_a_damaged_file_of_exported_results_is_told(results, tmp_path):
     export_results(results, target)
     for path in target.iterdir():
         whole = path.read_bytes()
-        for content in (b"", whole[:20], whole[: len(whole) // 2] if path.suffix == ".gz" else b"\xff" + whole):
+        for content in (b"", whole[:20], whole[: len(whole) // 2] if path.suffix == ".xz" else b"\xff" + whole):
             path.write_bytes(content)
             with pytest.raises(ConfigError, match=f"{path.name} is damaged"):
                 read_results(target)
