@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
 from fmfa import notebook as arguments
 from fmfa.notebook import in_project, notebook_command, notebook_parameters, resolve_parameters
 from fmfa.study.definition import read_study
+from fmfa.study.levels import run_results
+from fmfa.study.results import METRICS, read_results
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -103,7 +106,7 @@ def test_commands_in_the_notebooks_text_are_accepted(path, monkeypatch):
 
 
 @pytest.mark.xdist_group("notebooks-2")
-def test_commands_that_are_printed_run(tmp_path, monkeypatch):
+def test_a_system_is_trained_evaluated_and_compared_by_the_commands_that_are_printed(tmp_path, monkeypatch):
     project = tmp_path / "it's $HOME {a} project"
     (project / "notebooks").mkdir(parents=True)
     for name in ("fmfa", "data", "study.yml"):
@@ -119,18 +122,45 @@ def test_commands_that_are_printed_run(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
-    training = {"method": "clip", "scale": "tiny", "epochs": 1, "run": "runs/mine/clip-0"}
+    def shown(path):
+        assert json.loads(path.with_suffix(".status.json").read_text())["status"] == "finished"
+        cells = nbformat.read(path, as_version=4).cells
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        text = "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+        return text, sum("image/png" in output.get("data", {}) for output in outputs)
+
+    results = project / "runs/mine"
+    folder = results / "fmfa-0"
+    training = {"method": "fmfa", "scale": "tiny", "epochs": 2, "seed": 3, "learning_rate": "5e-5",
+                "log_gradients_every": 2, "run": "runs/mine/fmfa-0"}  # fmt: skip
     pairs = " ".join(f"-p {name} {value}" for name, value in training.items())
-    paste(f"python -m fmfa.notebook notebooks/03_train.ipynb runs/mine/clip-0/train.ipynb {pairs}")
-    cells = nbformat.read(project / "runs/mine/clip-0/train.ipynb", as_version=4).cells
-    printed = "".join(o.text for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
-    following = re.search(r"next, in the project's folder: (.*)", printed)[1]
+    paste(f"python -m fmfa.notebook notebooks/03_train.ipynb runs/mine/fmfa-0/train.ipynb {pairs}")
+    text, figures = shown(folder / "train.ipynb")
+    assert "192 training pairs, 24 identities" in text
+    assert figures == 3
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-5
+    following = re.search(r"next, in the project's folder: (.*)", text)[1]
     assert str(tmp_path) not in following
     paste(following)
-    assert (project / "runs/mine/clip-0/evaluation-test.json").is_file()
-    compare = "notebooks/05_ablation.ipynb runs/mine/comparison.ipynb -p results runs/mine -p baseline clip"
+    text, figures = shown(folder / "evaluate.ipynb")
+    assert "ceiling of the captions" in text
+    assert figures >= 4
+    for name in ("train.html", "evaluate.html", "run.json", "metrics.csv", "queries-test.csv", "evaluation-test.json"):
+        assert (folder / name).is_file(), name
+    (results / "broken-0").mkdir()
+    (results / "broken-0" / "run.json").write_text(json.dumps({"status": "failed", "error": "disk full"}))
+    compare = "notebooks/05_ablation.ipynb runs/mine/comparison.ipynb -p results runs/mine -p baseline fmfa"
     paste(f"python -m fmfa.notebook {compare}")
-    paste("python -m fmfa.report runs/mine --shown clip-0")
+    text, figures = shown(results / "comparison.ipynb")
+    assert "No two rows share two seeds" in text
+    assert figures >= 1
+    table = run_results(read_results(results)).set_index("run")
+    assert table.loc["broken-0", "status"] == "failed"
+    queries = pd.read_csv(folder / "queries-test.csv")
+    assert table.loc["fmfa-0", "R@1"] == pytest.approx(100 * (queries["first_rank"] == 1).mean())
+    assert table.loc["fmfa-0", list(METRICS)].between(0, 100).all()
+
+    paste("python -m fmfa.report runs/mine --shown fmfa-0")
     page = (project / "runs/mine/report.html").read_text()
     commands = [html.unescape(text) for text in re.findall(r'class="command"><code>(.*?)</code>', page)]
     assert len(commands) == 2

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from fmfa.data.datasets import open_dataset, which_dataset
 from fmfa.errors import ConfigError, TrainingError
 from fmfa.evaluation.evaluate import TEXT_TO_IMAGE, Evaluation, gallery_of, shuffle_captions
 from fmfa.evaluation.score_record import Cost, Identities, ScoreRecord, describe_split, queries_of, write_record
-from fmfa.evaluation.statistics import Interval, RowComparison, compare_rows, hierarchical_interval
+from fmfa.evaluation.statistics import (
+    Interval,
+    RowComparison,
+    SeedScatter,
+    compare_rows,
+    hierarchical_interval,
+    seed_scatter,
+)
 from fmfa.files import PROJECT, content_checksum, read_json, said_plainly, whole_file, write_json
 from fmfa.records import RECORD, read_metrics, read_record, row_of
 from fmfa.study.definition import study_rows
@@ -570,8 +578,13 @@ class Rows:
 
     def compare(self, first: Hashable, second: Hashable, metric: str = "R@1", seed: int = 0) -> RowComparison | None:
         """Compare two rows or means of rows, `first` minus `second`, over the seeds that all have; see `pair`."""
-        found = self.pair(first, second, metric)
-        return compare_rows(*found, self.identity, np.random.default_rng(seed)) if found else None
+        found, generator = self.pair(first, second, metric), np.random.default_rng(seed)
+        return compare_rows(*found, self.identity, generator, scatter=self.scatter[metric]) if found else None
+
+    @cached_property
+    def scatter(self) -> dict[str, SeedScatter | None]:
+        """How much the seeds of all rows scatter, by metric."""
+        return {name: seed_scatter([np.nanmean(self.values(row, name), 1) for row in self.runs]) for name in METRICS}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.power import TTestPower
 
 from fmfa.evaluation.power import Components, power, seeds_needed, smallest_difference, variance_components
-from fmfa.evaluation.statistics import compare_rows, hierarchical_interval
+from fmfa.evaluation.statistics import SeedScatter, compare_rows, hierarchical_interval, seed_scatter
 
 # Limits of simulated rates are 4 standard errors around what is claimed.
 PEOPLE, QUERIES, RUNS = 30, 3, 200
@@ -72,6 +72,57 @@ def test_the_error_of_a_main_effect_is_that_of_the_two_way_layout():
     pair = compare_rows(values[0], values[1], np.zeros(1), np.random.default_rng(0))
     assert pair.error == pytest.approx((values[0] - values[1]).std(ddof=1) / 5**0.5)
     assert pair.freedom == 4
+
+
+@pytest.mark.parametrize(("freedom", "seeds"), [(3.0, 5), (8.0, 3), (2.0, 2)])
+def test_the_scatter_of_rows_is_found_again(freedom, seeds):
+    rng = np.random.default_rng(0)
+    spreads = np.sqrt(0.25 * freedom / rng.chisquare(freedom, 20_000))
+    found = seed_scatter(list(rng.normal(7, 1, (20_000, 1)) + rng.normal(0, 1, (20_000, seeds)) * spreads[:, None]))
+    assert found.variance == pytest.approx(0.25, rel=0.05)
+    assert found.freedom == pytest.approx(freedom / 2, rel=0.1)
+    assert found.pooled == 20_000 * (seeds - 1)
+
+
+def test_rows_that_scatter_alike_share_one_variance():
+    means = [np.array([1.0, 3.0, 2.0]), np.array([5.0, 6.0, 4.0]), np.array([9.0, 7.0, 8.0, 8.0]), np.array([1.0])]
+    found = seed_scatter([*means, np.array([4.0, 4.0])])  # one seed, and no scatter, say nothing
+    assert (found.freedom, found.pooled) == (3.5, 7)
+    assert found.variance == pytest.approx((2 * 1 + 2 * 1 + 3 * (2 / 3)) / 7)
+    assert seed_scatter(means[1:3]) is None
+
+
+def test_the_moderated_error_is_the_mean_of_both_variances():
+    values = np.random.default_rng(0).normal(0, 1, (2, 3, 1))
+    sides, nothing = (values[0], values[1], np.zeros(1)), np.zeros((1, 1))
+    own = (values[0] - values[1]).var(ddof=1) / 2
+    for scatter, variance, freedom in (
+        (SeedScatter(0.5, 4.0, 30), (4 * 0.5 + 2 * own) / 6, 6),
+        (SeedScatter(0.5, 4.0, 5), (4 * 0.5 + 2 * own) / 6, 5),  # no more than all rows have together
+    ):
+        found = compare_rows(*sides, np.random.default_rng(0), scatter=scatter)
+        assert (found.error, found.freedom) == (pytest.approx((2 * variance / 3) ** 0.5), freedom)
+    one = compare_rows(values[0], nothing, np.zeros(1), np.random.default_rng(0), scatter=SeedScatter(0.5, 2.0, 30))
+    assert one.error == pytest.approx(((0.5 + values[0].var(ddof=1)) / 2 / 3) ** 0.5)  # a reference does not scatter
+
+
+@pytest.mark.parametrize("freedom", [1.5, 4.0, 1e9])
+def test_moderated_comparisons_keep_their_level_and_see_more(freedom):
+    rng, rejected, seen = np.random.default_rng(5), [], []
+    noise = Components(seed=0, identity=0.01, query=0.02, seed_identity=0.02, seed_query=0.1)
+    for _ in range(RUNS // 4):
+        spreads = 0.2 * np.sqrt(freedom / rng.chisquare(freedom, 12))
+        rows = [differences(rng, noise, 2) + rng.normal(0, spread, (2, 1)) for spread in spreads]
+        scatter = seed_scatter([row.mean(axis=1) for row in rows])
+        for first, second in zip(rows[::2], rows[1::2]):
+            shifted, options = first + 0.6, {"resamples": 100}
+            moderated = compare_rows(first, second, IDENTITY, rng, scatter=scatter, **options)
+            rejected.append(moderated.p_value <= 0.05)
+            seen.append([compare_rows(shifted, second, IDENTITY, rng, scatter=one, **options).p_value <= 0.05
+                         for one in (scatter, None)])  # fmt: skip
+    assert np.mean(rejected) < 0.07 + 4 * (0.07 * 0.93 / len(rejected)) ** 0.5
+    more, alone = np.mean(seen, axis=0)
+    assert more > alone
 
 
 @pytest.mark.parametrize(("components", "seeds"), [(SEEDS_MATTER, 3), (SEEDS_MATTER, 5), (SEEDS_DO_NOT, 4)])
