@@ -21,6 +21,7 @@ class Components:
         query: of the query within its person, the same for every seed.
         seed_identity: of the person under one seed.
         seed_query: of the query under one seed; the rest.
+        freedom: degrees of freedom that other rows add to the seeds' (`fmfa.evaluation.statistics.SeedScatter`).
     """
 
     seed: float
@@ -28,6 +29,7 @@ class Components:
     query: float
     seed_identity: float
     seed_query: float
+    freedom: float = 0.0
 
 
 def variance_components(differences: np.ndarray, identity: np.ndarray) -> Components:
@@ -94,10 +96,11 @@ def power(difference: float, components: Components, seeds: int, identities: flo
     over_seeds = components.seed / seeds + shared
     over_identities = components.identity / identities + components.query / (identities * queries) + shared
     true_error = np.sqrt(over_seeds + over_identities - shared)
+    freedom = seeds - 1 + components.freedom
     nodes, weights = np.polynomial.legendre.leggauss(60)
-    estimated = over_seeds * stats.chi2.ppf((nodes + 1) / 2, seeds - 1) / (seeds - 1)
+    estimated = over_seeds * stats.chi2.ppf((nodes + 1) / 2, freedom) / freedom
     total = estimated + over_identities
-    quantile = (estimated * stats.t.ppf(0.975, seeds - 1) + over_identities * stats.norm.ppf(0.975)) / total
+    quantile = (estimated * stats.t.ppf(0.975, freedom) + over_identities * stats.norm.ppf(0.975)) / total
     critical = quantile * np.sqrt(total)
     found = stats.norm.sf((critical - difference) / true_error) + stats.norm.cdf((-critical - difference) / true_error)
     return float((found * weights).sum() / 2)

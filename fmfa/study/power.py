@@ -9,7 +9,7 @@ from scipy import stats
 from fmfa.evaluation.power import Components, seeds_needed, smallest_difference, variance_components
 from fmfa.study.claims import read_claims
 from fmfa.study.levels import published_gains
-from fmfa.study.results import Results
+from fmfa.study.results import METRICS, Results
 
 GAIN = ("FMFA", "IRRA (re-run by the FMFA authors)")
 SEEDS = (2, 3, 5, 10, 20)
@@ -23,11 +23,12 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     Returns:
         One line per pair of single rows in the claims, their parts and the recipes of `data/claims.yml` that
         share two seeds or more: row, minus, seeds, identities, queries, then the components (see
-        `fmfa.evaluation.power.Components`), and `seed means` with its 95 % interval by chi-square: the spread
-        of whole seeds, known only roughly from a few. Empty without pairs.
+        `fmfa.evaluation.power.Components`), `freedom` that the other rows add to the seeds', and `seed means` with its
+        95 % interval by chi-square: the spread of whole seeds, known only roughly from a few. Empty without pairs.
     """
     rows, lines = results.rows(split), []
     compared = [claim for kind in ("claims", "parts", "recipes") for claim in read_claims(kind)]
+    scatter = rows.scatter[METRICS[0]]
     pairs = {(claim["row"], claim["minus"]) for claim in compared}
     for row, minus in sorted(pair for pair in pairs if set(pair) <= set(rows.runs)):
         sides = rows.pair(row, minus)
@@ -37,13 +38,14 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
         found = variance_components(differences, rows.identity)
         freedom, spread = len(differences) - 1, np.nanmean(differences, axis=1).std(ddof=1)
         low, high = np.sqrt(freedom / stats.chi2.ppf([0.975, 0.025], freedom)) * spread
-        deviations = dict(zip(COMPONENTS, np.sqrt(list(vars(found).values())), strict=True))
+        deviations = {name: np.sqrt(getattr(found, name.replace(" x ", "_"))) for name in COMPONENTS}
         deviations |= {"seed means": spread, "seed means low": low, "seed means high": high}
         sizes = {"identities": len(np.unique(rows.identity)), "queries": len(rows.identity)}
         lines.append(
             {"row": row, "minus": minus, "seeds": len(differences)}
             | sizes
             | {k: 100 * v for k, v in deviations.items()}
+            | {"freedom": scatter.freedom if scatter else 0.0}
         )
     return pd.DataFrame(lines).round(9)  # what is 0 but for rounding is 0
 
@@ -51,7 +53,7 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
 def pooled_components(table: pd.DataFrame) -> tuple[Components, float]:
     """Mean variances of the pairs of `components_table`, in points squared, and the queries an identity."""
     variances = (table[list(COMPONENTS)] ** 2).mean()
-    return Components(*variances), float((table["queries"] / table["identities"]).mean())
+    return Components(*variances, table["freedom"].iloc[0]), float((table["queries"] / table["identities"]).mean())
 
 
 def power_table(table: pd.DataFrame, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:

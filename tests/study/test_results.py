@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,11 @@ from scipy import stats
 
 from fmfa.errors import ConfigError
 from fmfa.notebook import declare_parameters, resolve_parameters
-from fmfa.plots.comparison import plot_against_retrieval, plot_claims, plot_comparison, plot_power
+from fmfa.plots.comparison import plot_against_retrieval, plot_claims, plot_comparison, plot_known, plot_power
 from fmfa.study import claims
 from fmfa.study import levels as tables
 from fmfa.study.claims import claims_in_short, claims_table, read_claims, rows_paired_table, shuffled_table
-from fmfa.study.correlation import correlation_table, counterfactual_runs, grounding_runs
+from fmfa.study.correlation import agreement, correlation_table, counterfactual_runs, grounding_runs
 from fmfa.study.curves import sensitivity_table
 from fmfa.study.levels import (
     cross_domain_table,
@@ -580,6 +581,30 @@ def test_grounding_against_retrieval(results):
     assert few["low"].isna().all()
     figure = plot_against_retrieval(table, "map", "over chance", "pointing game over chance (points)")
     assert "n = 17 runs" in figure.axes[0].get_ylabel()
+
+
+def test_known_answers_agree_by_sign_and_rank(results):
+    for seed in range(4):
+        write_run(results, f"irra-wrong-80-{seed}", draw(0.2, seed))
+        write_run(results, f"asdm-no-offset-{seed}", draw(0.95, seed))
+    table = claims_table(read_results(results), kind="known").set_index("row")
+    ours = table.loc[["irra-wrong-80", "asdm-no-offset"]]
+    assert ours["real data"].tolist() == [-34.8, -48.0]
+    assert ours["verdict"].tolist() == ["as on real data", "not as on real data"]
+    known = pd.DataFrame({"claim": list("abcdef"), "seeds": 2, "real data": [-70.0, -30, -8, -3, 20, 40],
+                          "R@1 difference": [-40.0, -20, 5, 3, 9, 30]})  # fmt: skip
+    known = known.assign(low=known["R@1 difference"] - 0.5, high=known["R@1 difference"] + 0.5)
+    rho = stats.spearmanr(known["real data"], known["R@1 difference"]).statistic
+    told = re.fullmatch(r"4 of 6 .* rank correlation is ([\d.]+) \[([\d.]+), ([\d.]+)\]\.", agreement(known))
+    value, low, high = map(float, told.groups())
+    assert value == pytest.approx(rho, abs=0.005)
+    assert low <= value < high <= 1
+    assert "5 are needed" in agreement(known[:4])
+    axis = plot_known(known).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list("abcdef")
+    shown = [line.get_xdata().tolist() for line in axis.lines if len(line.get_xdata()) == len(known)]
+    assert shown == [known["real data"].tolist(), known["R@1 difference"].tolist()]
+    assert plot_known(known[:0]) is None
 
 
 def test_changed_attributes(results):
