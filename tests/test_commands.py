@@ -105,7 +105,7 @@ def test_commands_in_the_notebooks_text_are_accepted(path, monkeypatch):
                 resolve_parameters(notebook_parameters(notebook), given)
 
 
-@pytest.mark.xdist_group("notebooks-2")
+@pytest.mark.xdist_group("notebooks-1")
 def test_a_system_is_trained_evaluated_and_compared_by_the_commands_that_are_printed(tmp_path, monkeypatch):
     project = tmp_path / "it's $HOME {a} project"
     (project / "notebooks").mkdir(parents=True)

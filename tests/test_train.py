@@ -30,6 +30,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 ACCELERATE += ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 TIME = 300  # seconds; a launcher that hangs fails the test
+LAUNCHED = pytest.mark.xdist_group("launched")  # one worker makes `runs`, once
 
 
 def told(errors):
@@ -79,6 +80,7 @@ def assert_equal_training(run, expected, start):
     assert furthest > 1e-4
 
 
+@LAUNCHED
 @pytest.mark.parametrize("method", METHODS)
 def test_torchrun_trains_as_one_process_on_the_joint_batch(method, runs):
     config = TrainConfig(**parameters(method, runs / "data")).resolved()
@@ -96,6 +98,7 @@ def test_torchrun_trains_as_one_process_on_the_joint_batch(method, runs):
         assert double[key] == pytest.approx(single[key], rel=5e-4, abs=1e-7), key
 
 
+@LAUNCHED
 def test_accelerate_launch_trains_as_one_process_and_prints_once(runs):
     given = [text for name, value in parameters("clip", runs / "data").items() for text in ("-p", name, str(value))]
     process = launch(*ACCELERATE, "-m", "fmfa.train", str(runs / "accelerate"), *given)
@@ -111,6 +114,7 @@ def test_accelerate_launch_trains_as_one_process_and_prints_once(runs):
     assert len(set(shown)) == len(shown)
 
 
+@LAUNCHED
 def test_a_killed_process_ends_all_and_the_run_resumes_to_the_same_bytes(runs):
     cut, whole = runs / "cut", runs / "whole"
     assert len(read_record(cut)["resumed"]) == 1
