@@ -88,10 +88,12 @@ def claims_in_short(results: Results, table: pd.DataFrame, split: str = "test") 
     tested = results.own("identities", split)["tested_on"].iloc[0]
     counted = f", {seeds_in_words(seeds)} per row" if len(seeds) else ""
     corrected = "; corrected for the number of claims (Holm, 5 %)" if table["p (Holm)"].notna().any() else ""
+    by_map = int((table["verdict by mAP"] == OPEN).sum())
+    mean_precision = f" By mAP, {by_map} {_SPOKEN[OPEN][by_map != 1]}." if corrected else ""
     draw = " One seed is one draw: another training would give other numbers." if 1 in set(seeds) else ""
     return (
         f"{tested}, {len(rows.identity):,} queries of {people:,} identities{counted}. Of {len(table)} claims of the "
-        f"papers {', '.join(parts)}{corrected}.{draw}"
+        f"papers {', '.join(parts)}{corrected}.{mean_precision}{draw}"
     )
 
 
