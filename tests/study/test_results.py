@@ -247,8 +247,10 @@ def test_a_run_without_zero_shot_queries_still_shows_the_level(results):
     assert np.isnan(line["low"])
 
 
-def test_claims_get_their_verdicts(results):
+def test_claims_get_their_verdicts(results, monkeypatch):
     read = read_results(results)
+    assert claims_table(read).set_index("row").loc["fmfa", "verdict"].iloc[0] == "open"  # other rows scatter by points
+    monkeypatch.setattr(claims, "MARGIN", 0.3)
     table = pd.concat([claims_table(read, kind=kind) for kind in ("claims", "parts")]).set_index(["row", "minus"])
     assert table.loc[("irra", "clip"), ["verdict", "verdict by mAP"]].tolist() == ["holds", "holds"]
     assert table.loc[("fmfa", "irra"), "verdict"] == "equal within 1 point"  # the same hits
