@@ -91,15 +91,15 @@ def test_the_standard_scale_is_its_core_times_five_seeds():
 
 def test_the_wide_scale_trains_on_other_people_for_each_seed_and_tests_on_the_same():
     wide = study(scale="wide")
-    assert len(wide.runs) == 5 * len({run.row for run in wide.runs})
+    assert len(wide.runs) == 3 * len({run.row for run in wide.runs}) > 3 * CORE
     for run in wide.runs:
         assert run.parameters["augmentation"] == ("full" if run.row.endswith("augmented") else "none")
         assert run.parameters.get("learning_rate") == (0.002 if run.parameters["method"] == "clip" else None)
         assert run.data == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": run.seed}
         assert run.tested == {"dataset": "SimPEDES-street", "scale": "wide", "data_seed": 0}
-    steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2", "-3", "-4")]
+    steps = [f"runs/wide/data-SimPEDES-street-wide{end}" for end in ("", "-1", "-2")]
     assert sorted(step for step in wide.data if "street" in step) == steps
-    assert [wide.data[step]["data_seed"] for step in steps] == [0, 1, 2, 3, 4]
+    assert [wide.data[step]["data_seed"] for step in steps] == [0, 1, 2]
 
 
 def test_each_scale_has_the_rows_that_its_settings_name():
