@@ -61,6 +61,7 @@ def hierarchical_interval(
     identity: np.ndarray,
     generator: np.random.Generator,
     *,
+    scatter: "SeedScatter | None" = None,
     resamples: int = RESAMPLES,
 ) -> Interval:
     """Mean over seeds and queries with a 95 % interval over both training seeds and identities.
@@ -76,6 +77,7 @@ def hierarchical_interval(
         values: float [S, Q], the same queries in every row; a query with NaN in any row is left out.
         identity: integers [Q].
         generator: source of the resampling.
+        scatter: of all rows of the study, which moderates the seeds' error.
         resamples: bootstrap samples.
 
     Raises:
@@ -84,8 +86,11 @@ def hierarchical_interval(
     sums, counts = sums_by_identity(np.asarray(values, dtype=np.float64), identity)
     seed_means = sums.sum(axis=1) / counts.sum()
     means = resampled_means(sums.mean(axis=0), counts, generator, resamples)
-    error = stats.sem(seed_means) if len(seed_means) > 1 else 0.0
-    return _interval_over_seeds(means, float(seed_means.mean()), error, len(seed_means) - 1, LEVEL)
+    if (freedom := len(seed_means) - 1) == 0:
+        return _interval_over_seeds(means, float(seed_means[0]), 0.0, 0, LEVEL)
+    variance, total = _moderated(seed_means.var(ddof=1), freedom, scatter)
+    error = np.sqrt(variance / len(seed_means))
+    return _interval_over_seeds(means, float(seed_means.mean()), error, total, LEVEL)
 
 
 def further_run(values: np.ndarray) -> tuple[float, float]:
@@ -223,6 +228,18 @@ def seed_scatter(rows: Sequence[np.ndarray]) -> SeedScatter | None:
     return SeedScatter(float(typical), float(min(half, pooled / 2)), pooled)
 
 
+def _moderated(variance: float, freedom: int, scatter: SeedScatter | None, share: float = 1.0) -> tuple[float, float]:
+    """A variance by seeds and its degrees of freedom, moderated by the scatter of further rows (Smyth 2004, Section 4).
+
+    The mean of both variances, weighted by their degrees of freedom, has both; `share` of a further row's applies.
+    """
+    if scatter is None:
+        return variance, float(freedom)
+    weight = scatter.freedom / (scatter.freedom + freedom)
+    total = min(freedom + scatter.freedom, scatter.pooled)
+    return weight * share * scatter.variance + (1 - weight) * variance, max(float(freedom), total)
+
+
 def _seeds_error(
     seed_means: np.ndarray, weights: np.ndarray, trained: int, scatter: SeedScatter | None
 ) -> tuple[float, float]:
@@ -230,19 +247,14 @@ def _seeds_error(
 
     Rows and seeds are a two-way layout: what is left of a mean without its row's and its seed's part is the noise, and
     all rows tell how large it is, (R - 1) (S - 1) times. Of two rows it is that of the paired t test. Where rows
-    scatter unequally it is right on average over rows of equal weight. With the `scatter` of further rows the variance
-    is moderated: the mean of both, weighted by their degrees of freedom, has both (Smyth 2004, Section 4). `trained` of
-    the rows have seeds; the others, references, do not scatter.
+    scatter unequally it is right on average over rows of equal weight, and the `scatter` of further rows moderates it.
+    `trained` of the rows have seeds; the others, references, do not scatter.
     """
     rows, seeds = seed_means.shape
     if not (freedom := (rows - 1) * (seeds - 1)):
         return 0.0, 0
     left = seed_means - seed_means.mean(axis=1, keepdims=True) - seed_means.mean(axis=0) + seed_means.mean()
-    variance, total = (left**2).sum() / freedom, float(freedom)
-    if scatter:
-        share = scatter.freedom / (scatter.freedom + freedom)
-        variance = share * scatter.variance * trained / rows + (1 - share) * variance
-        total = max(total, min(total + scatter.freedom, scatter.pooled))
+    variance, total = _moderated((left**2).sum() / freedom, freedom, scatter, trained / rows)
     return float(np.sqrt(variance * (weights**2).sum() / seeds)), total
 
 

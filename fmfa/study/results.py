@@ -557,7 +557,10 @@ class Rows:
 
     def mean(self, row: Hashable, metric: str = "R@1", seed: int = 0) -> Interval:
         """Mean of a row with its 95 % interval over seeds and identities, as fractions."""
-        return hierarchical_interval(self.values(row, metric), self.identity, np.random.default_rng(seed))
+        scatter = self.scatter[metric] if row in self.runs else None
+        return hierarchical_interval(
+            self.values(row, metric), self.identity, np.random.default_rng(seed), scatter=scatter
+        )
 
     def pair(self, first: Hashable, second: Hashable, metric: str = "R@1") -> tuple[np.ndarray, np.ndarray] | None:
         """Values [R, S, Q] of two rows for the seeds that both have; None where one was not run or no seed is shared.
