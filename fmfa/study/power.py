@@ -52,10 +52,9 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
 
 def pooled_components(table: pd.DataFrame) -> tuple[Components, float]:
     """Mean variances of the pairs of `components_table`, in points squared, and the queries an identity."""
-    variances = (table[list(COMPONENTS)] ** 2).mean()
-    return Components(*variances, freedom=float(table["freedom"].iloc[0])), float(
-        (table["queries"] / table["identities"]).mean()
-    )
+    variances = (table[list(COMPONENTS)] ** 2).mean().rename(lambda name: name.replace(" x ", "_"))
+    components = Components(**variances, freedom=float(table["freedom"].iloc[0]))
+    return components, float((table["queries"] / table["identities"]).mean())
 
 
 def power_table(table: pd.DataFrame, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
