@@ -124,11 +124,9 @@ def plot_known(table: pd.DataFrame) -> Figure | None:
     label = f"rendered people, {seeds_in_words(table['seeds'])}, 95 % interval"
     axis.errorbar(here, places + 0.14, xerr=errors, fmt="o", color="C0", label=label)
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_xscale("symlog", linthresh=10)
-    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(places, table["claim"], parse_math=False)
     axis.invert_yaxis()
-    axis.set_xlabel("difference in R@1 (points; logarithmic beyond 10)")
+    axis.set_xlabel("difference in R@1 (points)")
     _legend_below(figure)
     return figure
 

@@ -155,8 +155,16 @@ def test_the_results_page_tells_what_many_people_show(scale, heading):
     assert {row: told[row] for row in levels.index} == {
         row: list(levels.loc[row, ["seeds", *METRICS]]) for row in levels.index
     }
-    for kind in ("claims", "recipes"):
+    for kind in ("claims", "parts", "recipes"):
         as_told(claims_table(results, kind=kind), told)
+
+
+def test_the_results_page_tells_the_known_answers():
+    told, table = told_table("### Known answers"), claims_table(read_results(COMMITTED.parent / "wide"), kind="known")
+    for line in table.to_dict("records"):
+        here = f"{line['R@1 difference']:+.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+        expected = [f"{line['row']} - {line['minus']}", here, f"{line['real data']:+.1f}", line["verdict"]]
+        assert told[line["claim"]] == expected
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
