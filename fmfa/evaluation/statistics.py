@@ -93,7 +93,7 @@ def hierarchical_interval(
     return _interval_over_seeds(means, float(seed_means.mean()), error, total, LEVEL)
 
 
-def further_run(values: np.ndarray) -> tuple[float, float]:
+def further_run(values: np.ndarray, scatter: "SeedScatter | None" = None) -> tuple[float, float]:
     """Where the mean over the same queries of one further training of a row would lie (95 % prediction interval).
 
     Student's t around the mean of the S seeds' means, S - 1 degrees of freedom, with the spread of one run beside that
@@ -101,6 +101,7 @@ def further_run(values: np.ndarray) -> tuple[float, float]:
 
     Args:
         values: float [S, Q]; a query with NaN in any row is left out.
+        scatter: of all rows of the study, which moderates the seeds' spread.
 
     Returns:
         Its ends; NaN with one seed.
@@ -108,7 +109,8 @@ def further_run(values: np.ndarray) -> tuple[float, float]:
     means = values[:, ~np.isnan(values).any(axis=0)].mean(axis=1)
     if len(means) < 2:
         return np.nan, np.nan
-    reach = stats.t.isf((1 - LEVEL) / 2, len(means) - 1) * means.std(ddof=1) * np.sqrt(1 + 1 / len(means))
+    variance, freedom = _moderated(means.var(ddof=1), len(means) - 1, scatter)
+    reach = stats.t.isf((1 - LEVEL) / 2, freedom) * np.sqrt(variance * (1 + 1 / len(means)))
     return float(means.mean() - reach), float(means.mean() + reach)
 
 

@@ -28,6 +28,7 @@ def sensitivity_table(results: Results, split: str = "test", seed: int = 0) -> p
         a curve.
     """
     queries, lines, levels = results.queries(split), [], Rows({}, {})
+    scatter = results.rows(split).scatter[METRICS[0]]
     runs = results.runs[results.runs["run"].isin(queries)]
     points = runs[runs["point"].map(len) == 1]
     points = points.assign(value=[float(*point.values()) for point in points["point"]])
@@ -41,7 +42,7 @@ def sensitivity_table(results: Results, split: str = "test", seed: int = 0) -> p
         for run in own.itertuples():
             levels.add(method, run.seed, queries[run.run])
         if len(own):
-            low, high = 100 * np.array(further_run(levels.values(method)))
+            low, high = 100 * np.array(further_run(levels.values(method), scatter))
             line = {"curve": curve, "row": method, "value": own_value(config, value), OWN: True}
             lines.append(line | {"further_low": low, "further_high": high} | _level(levels, method, seed))
     names = ["curve", "row", "value", OWN, "seeds", "queries", "estimate", "low", "high", "further_low", "further_high"]
