@@ -216,14 +216,14 @@ def seed_scatter(rows: Sequence[np.ndarray]) -> SeedScatter | None:
     Returns:
         None with fewer than three rows, which do not tell how unequally rows scatter.
     """
-    found = [(len(means) - 1, means.var(ddof=1)) for means in rows if len(means) > 1 and np.ptp(means) > 0]
+    found = [(len(means) - 1, means.var(ddof=1)) for means in rows if len(means) > 1 and np.ptp(means) > 1e-12]
     if len(found) < 3:
         return None
     freedom, variances = np.array(found).T
     pooled = int(freedom.sum())
     centred = np.log(variances) - special.digamma(freedom / 2) + np.log(freedom / 2)
     beyond = centred.var(ddof=1) - special.polygamma(1, freedom / 2).mean()
-    if beyond <= 0:
+    if beyond <= 1e-6:
         return SeedScatter(float((freedom * variances).sum() / pooled), pooled / 2, pooled)
     half = optimize.brentq(lambda x: special.polygamma(1, x) - beyond, 1e-8, 1e8)  # trigamma falls from inf to 0
     typical = np.exp(centred.mean() + special.digamma(half) - np.log(half))

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from fmfa.errors import ConfigError, told
 from fmfa.evaluation.statistics import RowComparison, further_run, holm, holm_levels
 from fmfa.study.levels import published_gains
-from fmfa.study.results import CHANCE, METRICS, SHUFFLED, Results, Rows, references
+from fmfa.study.results import CHANCE, SHUFFLED, Results, Rows, references
 
 CLAIMS = Path(__file__).parents[2] / "data" / "claims.yml"
 SHIPPED = CLAIMS.parent / "results" / "wide"  # of which seeds scatter least
@@ -147,7 +147,7 @@ def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None)
     line |= {name: claim[name] for name in ("claim", "row", "minus")}
     if "paper" in claim:
         line["published"] = _published(claim.get("published"))
-    line |= {"real data": claim["real"]} if "real" in claim else {}
+    line |= {"real data": claim["real"], "source": claim["source"]} if "real" in claim else {}
     line |= difference_columns(compared)
     single = [name for name in (claim["row"], claim["minus"]) if len(rows.runs.get(name, ())) == 1]
     other = {claim["row"]: claim["minus"], claim["minus"]: claim["row"]}[single[0]] if len(single) == 1 else None
@@ -157,7 +157,7 @@ def _measured(rows: Rows, claim: dict[str, Any], compared: RowComparison | None)
 
 
 def _beside_further_run(rows: Rows, single: str, other: str) -> dict[str, Any]:
-    low, high = further_run(rows.values(other), rows.scatter[METRICS[0]])
+    low, high = further_run(rows.values(other), rows.scatter())
     return {"single": single, "level": 100 * np.nanmean(rows.values(single)), "other": other,
             "further_low": 100 * low, "further_high": 100 * high}  # fmt: skip
 

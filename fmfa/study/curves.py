@@ -27,8 +27,8 @@ def sensitivity_table(results: Results, split: str = "test", seed: int = 0) -> p
         (`fmfa.evaluation.statistics.further_run`): what one seed of a point must leave to mean anything. Empty without
         a curve.
     """
-    queries, lines, levels = results.queries(split), [], Rows({}, {})
-    scatter = results.rows(split).scatter[METRICS[0]]
+    queries, lines, levels = results.queries(split), [], results.rows(split)
+    scatter = levels.scatter()
     runs = results.runs[results.runs["run"].isin(queries)]
     points = runs[runs["point"].map(len) == 1]
     points = points.assign(value=[float(*point.values()) for point in points["point"]])
@@ -38,10 +38,7 @@ def sensitivity_table(results: Results, split: str = "test", seed: int = 0) -> p
                 levels.add(row, run.seed, queries[run.run])
             lines.append({"curve": curve, "row": row, "value": value, OWN: False} | _level(levels, row, seed))
         value, config = part[["value", "config"]].iloc[-1]
-        own = runs[runs["row"] == (method := config.get("method"))]
-        for run in own.itertuples():
-            levels.add(method, run.seed, queries[run.run])
-        if len(own):
+        if (method := config.get("method")) in levels.runs:
             low, high = 100 * np.array(further_run(levels.values(method), scatter))
             line = {"curve": curve, "row": method, "value": own_value(config, value), OWN: True}
             lines.append(line | {"further_low": low, "further_high": high} | _level(levels, method, seed))

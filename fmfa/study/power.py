@@ -9,7 +9,7 @@ from scipy import stats
 from fmfa.evaluation.power import Components, seeds_needed, smallest_difference, variance_components
 from fmfa.study.claims import read_claims
 from fmfa.study.levels import published_gains
-from fmfa.study.results import METRICS, Results
+from fmfa.study.results import Results
 
 GAIN = ("FMFA", "IRRA (re-run by the FMFA authors)")
 SEEDS = (2, 3, 5, 10, 20)
@@ -28,7 +28,7 @@ def components_table(results: Results, split: str = "test") -> pd.DataFrame:
     """
     rows, lines = results.rows(split), []
     compared = [claim for kind in ("claims", "parts", "recipes") for claim in read_claims(kind)]
-    scatter = rows.scatter[METRICS[0]]
+    scatter = rows.scatter()
     pairs = {(claim["row"], claim["minus"]) for claim in compared}
     for row, minus in sorted(pair for pair in pairs if set(pair) <= set(rows.runs)):
         sides = rows.pair(row, minus)

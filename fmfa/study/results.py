@@ -557,7 +557,7 @@ class Rows:
 
     def mean(self, row: Hashable, metric: str = "R@1", seed: int = 0) -> Interval:
         """Mean of a row with its 95 % interval over seeds and identities, as fractions."""
-        scatter = self.scatter[metric] if row in self.runs else None
+        scatter = self.scatter(metric) if row in self.runs else None
         return hierarchical_interval(
             self.values(row, metric), self.identity, np.random.default_rng(seed), scatter=scatter
         )
@@ -582,12 +582,17 @@ class Rows:
     def compare(self, first: Hashable, second: Hashable, metric: str = "R@1", seed: int = 0) -> RowComparison | None:
         """Compare two rows or means of rows, `first` minus `second`, over the seeds that all have; see `pair`."""
         found, generator = self.pair(first, second, metric), np.random.default_rng(seed)
-        return compare_rows(*found, self.identity, generator, scatter=self.scatter[metric]) if found else None
+        return compare_rows(*found, self.identity, generator, scatter=self.scatter(metric)) if found else None
+
+    def scatter(self, metric: str = "R@1") -> SeedScatter | None:
+        """How much the seeds of the rows scatter, of all that are there when it is first asked for."""
+        if metric not in self._scatter:
+            self._scatter[metric] = seed_scatter([np.nanmean(self.values(row, metric), 1) for row in self.runs])
+        return self._scatter[metric]
 
     @cached_property
-    def scatter(self) -> dict[str, SeedScatter | None]:
-        """How much the seeds of all rows scatter, by metric."""
-        return {name: seed_scatter([np.nanmean(self.values(row, name), 1) for row in self.runs]) for name in METRICS}
+    def _scatter(self) -> dict[str, SeedScatter | None]:
+        return {}
 
 
 if __name__ == "__main__":

@@ -94,6 +94,10 @@ class TrainConfig:
         for name in ("weight_decay", "mask_image", "mask_text", "warmup_epochs"):
             if -1 < getattr(self, name) < 0:
                 raise ConfigError(f"{name}: should be -1 or from 0, found {getattr(self, name)}")
+        if self.pairs == "true" and self.wrong_share < 1:
+            raise ConfigError(f"wrong_share is {self.wrong_share:g}, but pairs is true; expected shuffled or dropped")
+        if self.pairs == "dropped" and self.wrong_share == 1:
+            raise ConfigError("wrong_share is 1, but dropping all pairs leaves none; expected a share below 1")
         if self.position_grid and self.grid is None:
             raise ConfigError(f"position_grid is {self.position_grid!r}; expected rows x columns, such as 24x8")
 

@@ -82,8 +82,12 @@ def test_only_the_drawn_captions_are_exchanged():
 
 def test_dropped_pairs_are_those_that_would_be_shuffled(tmp_path):
     dataset = write_pairs(tmp_path)
-    values = {"method": "clip", "dataset": "toy", "wrong_share": 0.5}
-    configs = {pairs: TrainConfig(**values, pairs=pairs) for pairs in ("true", "shuffled", "dropped")}
+    values, half = {"method": "clip", "dataset": "toy"}, {"wrong_share": 0.5}
+    given = {"true": {}, "shuffled": half, "dropped": half}
+    configs = {pairs: TrainConfig(**values, pairs=pairs, **share) for pairs, share in given.items()}
+    for pairs, told in (("true", half), ("dropped", {})):
+        with pytest.raises(ConfigError, match="wrong_share is"):
+            TrainConfig(**values, pairs=pairs, **told)
     tables = {pairs: training_table(config, dataset) for pairs, config in configs.items()}
     kept = tables["shuffled"]["caption"] == tables["true"]["caption"]
     assert 0 < kept.sum() < len(kept)
