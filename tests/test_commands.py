@@ -137,6 +137,7 @@ def test_a_system_is_trained_evaluated_and_compared_by_the_commands_that_are_pri
     paste(f"python -m fmfa.notebook notebooks/03_train.ipynb runs/mine/fmfa-0/train.ipynb {pairs}")
     text, figures = shown(folder / "train.ipynb")
     assert "192 training pairs, 24 identities" in text
+    assert f"run folder: {folder}" in text
     assert figures == 3
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-5
     following = re.search(r"next, in the project's folder: (.*)", text)[1]

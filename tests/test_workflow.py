@@ -539,10 +539,11 @@ def test_a_second_study_waits_for_the_first_and_an_ended_one_leaves_no_process(p
             lambda number=number: (irra / "attempts").is_file() and (irra / "attempts").stat().st_size == number, first
         )
         if number == 1:
-            second = make(project, "study")
-            text = second.communicate(timeout=120)[0]
-            assert second.returncode != 0
-            assert re.search(r"^error: runs/tiny is in use by process \d+", text), text
+            for what in ("study", "report"):
+                second = make(project, what)
+                text = second.communicate(timeout=120)[0]
+                assert second.returncode != 0
+                assert re.search(r"^error: runs/tiny is in use by process \d+", text), text
             assert first.poll() is None
             assert status(irra, "train") == "running"
         end(first)
